@@ -1,0 +1,19 @@
+"""Settings of the final evaluation. No torch here (see pgolf/model/config.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    seq_len: int = 0  # context of plain and sliding windows; 0 = data.seq_len
+    stride: int = 64  # of the sliding window; 0 = no sliding evaluation
+    batch_tokens: int = 524288  # tokens forwarded per batch over all ranks, plain windows (VAL_BATCH_SIZE)
+    max_tokens: int = 0  # score only the first n targets of the val split; 0 = all. The result names the subset
+    sliding_max_tokens: int = 0  # the same for the sliding pass
+
+    def problems(self) -> list[str]:
+        out = [f"{n}={getattr(self, n)} must not be negative"
+               for n in ("seq_len", "stride", "max_tokens", "sliding_max_tokens") if getattr(self, n) < 0]  # fmt: skip
+        return out if self.batch_tokens >= 1 else [*out, f"batch_tokens={self.batch_tokens} must be at least 1"]
