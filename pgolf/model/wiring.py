@@ -1,0 +1,124 @@
+"""How sublayers, skips and blocks are joined. Every join is the `residual` op."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pgolf.kernels.residual import residual, rms_norm
+from pgolf.model.attention import Attention
+from pgolf.model.config import InitConfig, ModelConfig
+from pgolf.model.context import Context
+from pgolf.model.mlp import ACTIVATIONS
+from pgolf.model.roles import Role
+
+
+class Block(nn.Module):
+    """u = m0 x + m1 x0;  h = l0 u + a Attn(norm(u));  y = l1 h + b Mlp(norm(h)).
+
+    m (2, D) starts at (1, 0), a and b (D,) at 1; l0, l1 are 1 unless residual lambdas are on.
+    """
+
+    roles = {
+        "attn_scale": Role.VECTOR,
+        "mlp_scale": Role.VECTOR,
+        "resid_mix": Role.VECTOR,
+        "resid_lambda": Role.RESID_LAMBDA,
+    }
+
+    def __init__(self, cfg: ModelConfig, index: int):
+        super().__init__()
+        self.block_index = index
+        self.attn = Attention(cfg, index)
+        self.mlp = ACTIVATIONS[cfg.mlp.activation](cfg)
+        self.attn_scale = nn.Parameter(torch.empty(cfg.dim))
+        self.mlp_scale = nn.Parameter(torch.empty(cfg.dim))
+        self.resid_mix = nn.Parameter(torch.empty(2, cfg.dim))
+        lambdas = cfg.wiring.resid_lambdas
+        self.resid_lambda = nn.Parameter(torch.empty(2), requires_grad=not lambdas.frozen) if lambdas else None
+        self.lambda_init = lambdas.init if lambdas else 1.0
+        self.sandwich = cfg.wiring.sandwich_norm
+        self.norm_scale = 1.0 / math.sqrt(index + 1) if cfg.wiring.ln_scale else 1.0
+        self.eps = cfg.norm_eps
+
+    def init_(self, cfg: InitConfig, gen: torch.Generator) -> None:
+        nn.init.ones_(self.attn_scale)
+        nn.init.ones_(self.mlp_scale)
+        with torch.no_grad():
+            self.resid_mix[0].fill_(1.0)
+            self.resid_mix[1].zero_()
+        if self.resid_lambda is not None:
+            nn.init.constant_(self.resid_lambda, self.lambda_init)
+
+    def lambdas(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.resid_lambda is None else (self.resid_lambda[0], self.resid_lambda[1])
+
+    def join(self, terms: list[Tensor], weights: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        return residual(terms, weights, norm_scale=self.norm_scale, eps=self.eps)
+
+    def forward(self, x: Tensor, x0: Tensor, ctx: Context) -> Tensor:
+        l0, l1 = self.lambdas()
+        u, n = self.join([x, x0], [self.resid_mix[0], self.resid_mix[1]])
+        a = self.attn(n, ctx)
+        if self.sandwich:
+            a = rms_norm(a, self.eps)
+        h, n = self.join([u, a], [l0, self.attn_scale])
+        return residual([h, self.mlp(n)], [l1, self.mlp_scale], normalize=False)[0]
+
+
+class ParallelBlock(Block):
+    """y = l0 u + a Attn(n) + b Mlp(n), n = norm(u): both sublayers read the same normed input."""
+
+    def __init__(self, cfg: ModelConfig, index: int):
+        super().__init__(cfg, index)
+        if self.resid_lambda is not None:  # one add, one lambda
+            self.resid_lambda = nn.Parameter(torch.empty(1), requires_grad=self.resid_lambda.requires_grad)
+
+    def lambdas(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.resid_lambda is None else (self.resid_lambda[0], None)
+
+    def forward(self, x: Tensor, x0: Tensor, ctx: Context) -> Tensor:
+        u, n = self.join([x, x0], [self.resid_mix[0], self.resid_mix[1]])
+        terms = [u, self.attn(n, ctx), self.mlp(n)]
+        return residual(terms, [self.lambdas()[0], self.attn_scale, self.mlp_scale], normalize=False)[0]
+
+
+class Skips(nn.Module):
+    """U-Net joins. Plain: x + w_j skip. Gated: G x + (1 - G) (w_j skip), G = sigmoid(gate_j). w starts at 1, gate at 0."""
+
+    roles = {"weight": Role.VECTOR, "gate": Role.VECTOR}
+
+    def __init__(self, count: int, dim: int, gated: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, dim))
+        self.gate = nn.Parameter(torch.empty(count, dim)) if gated else None
+
+    def init_(self, cfg: InitConfig, gen: torch.Generator) -> None:
+        nn.init.ones_(self.weight)
+        if self.gate is not None:
+            nn.init.zeros_(self.gate)
+
+    def forward(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
+        if self.gate is None:
+            return residual([x, skip], [None, self.weight[row]], normalize=False)[0]
+        g = torch.sigmoid(self.gate[row])
+        return residual([x, skip], [g, (1 - g) * self.weight[row]], normalize=False)[0]
+
+
+class Backout(nn.Module):
+    """x - beta * (output of an earlier layer), before the final norm (PR #1130)."""
+
+    roles = {"beta": Role.VECTOR}
+
+    def __init__(self, init: float):
+        super().__init__()
+        self.beta = nn.Parameter(torch.empty(()))
+        self.beta_init = init
+
+    def init_(self, cfg: InitConfig, gen: torch.Generator) -> None:
+        nn.init.constant_(self.beta, self.beta_init)
+
+    def forward(self, x: Tensor, cached: Tensor) -> Tensor:
+        return residual([x, cached], [None, -self.beta], normalize=False)[0]
