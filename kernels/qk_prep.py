@@ -1,7 +1,7 @@
 """qk_prep: per-head RMS norm, partial rotary embedding and query gain over one packed QKV projection.
 
     q^ = q / sqrt(mean(q^2) + eps) per head, k^ likewise
-    first r of d channels rotated by halves:  (a, b) -> (a cos + b sin, b cos - a sin), a = channels [0, r/2), b = [r/2, r)
+    first r of d channels rotated by halves a = [0, r/2), b = [r/2, r):  (a, b) -> (a cos + b sin, b cos - a sin)
     q <- gain_h * q^
 
 qkv (B, T, (H + 2K) d): heads of q, then k, then v. gain (H,) fp32. cos, sin (T, r/2) or (B, T, r/2) fp32, r = 2 *

@@ -3,8 +3,8 @@
     out   = sum_i w_i * t_i                      (B, T, D), dtype of t_0
     normed = out / sqrt(mean(out^2) + eps) * norm_scale
 
-Every join of the network is this one op: input mix (x, x0), attention add, MLP add, U-Net skip. The norm is taken of the
-*rounded* sum that is returned, so forward and backward see the same tensor; the mean is accumulated in fp32.
+Every join of the network is this one op: input mix (x, x0), attention add, MLP add, U-Net skip. The norm is taken of
+the *rounded* sum that is returned, so forward and backward see the same tensor; the mean is accumulated in fp32.
 
 terms: 1 to 4 tensors (B, T, D), one dtype. weights: per term `None` (1), a (D,) vector or a scalar tensor, fp32.
 Returns (out, normed); `normed` is None with `normalize=False`.

@@ -1,4 +1,4 @@
-"""The model: embedding front, the plan's blocks, head. Training, evaluation and calibration all call this one forward."""
+"""The model: embedding front, the plan's blocks, head. Training, evaluation and calibration call this one forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one linear layer: fp32 weight, cast to the activations' dtype at use, with two slots for how the weight is used."""
+"""The one linear layer: fp32 weight, cast to the activations' dtype at use, with two slots for how it is used."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pgolf.model.roles import Role
 class Linear(nn.Module):
     """y = x W^T, no bias. W (out, in) fp32.
 
-    Slots, both `None` or a module: `quant` maps the weight (fake quantisation), `adapter` adds a low-rank path. Putting a
-    module in a slot is visible to torch.compile; flipping a Python flag is not reliably so.
+    Slots, both `None` or a module: `quant` maps the weight (fake quantisation), `adapter` adds a low-rank path. Putting
+    a module in a slot is visible to torch.compile; flipping a Python flag is not reliably so.
     """
 
     roles = {"weight": Role.MATRIX}

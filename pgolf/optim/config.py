@@ -69,18 +69,27 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The factor on every learning rate. "linear" warms down by wall clock, the others follow step / iterations."""
+    """The factor on every learning rate. "linear" warms down by wall clock, "d2z" too; the others follow `by`."""
 
     kind: str = "linear"
+    by: str = "step"  # progress of the shapes: "step" = step / iterations, "time" = elapsed / wall-clock cap
     warmdown_iters: int = 1200
-    # "linear" guesses the time left from the mean step so far; slow first steps would switch the warmdown on at once
-    ignore_first_steps: int = 100
+    # "linear" guesses the steps left from the mean step time; slow first steps would switch the warmdown on at once. So
+    # these run at factor 1, unless half of the cap passes, and their first half is left out of the mean; 0 = baseline
+    ignore_first_steps: int = 10
     cosine_cycles: int = 1
     d2z_warmup_steps: int = 200
+
+    @property
+    def skip_steps(self) -> int:
+        """First steps that the mean step time leaves out; the other ignored ones make its first estimate."""
+        return self.ignore_first_steps // 2
 
     def problems(self) -> list[str]:
         ok = self.kind in SCHEDULE_NAMES
         out = [] if ok else [f"kind={self.kind!r} must be one of {', '.join(SCHEDULE_NAMES)}"]
+        if self.by not in ("step", "time"):
+            out.append(f"by={self.by!r} must be step or time")
         return out if self.cosine_cycles >= 1 else [*out, f"cosine_cycles={self.cosine_cycles} must be at least 1"]
 
 

@@ -1,0 +1,177 @@
+"""Tokenizer loading, and how many bytes of text each token stands for.
+
+BPB divides by bytes, so a wrong count is a wrong score: public attempts were up to 20 % off (PRs #897, #1143, #1545).
+Bytes are therefore counted on two independent paths, a table over (previous, target) pairs that the evaluator uses, and
+a plain concatenation of the pieces' bytes, and `prove_bytes` fails when they differ by one byte over a whole split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pgolf.data.shards import foreign_kind, near_names
+from pgolf.errors import DataError, SetupError
+
+SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
+CHUNK = 1 << 22  # pairs per piece of a whole-split count: about 100 MB of temporaries
+
+
+def sentencepiece():
+    """The sentencepiece module. Raises SetupError with the line that installs it."""
+    try:
+        import sentencepiece
+    except ImportError as err:
+        raise SetupError("the tokenizer needs sentencepiece, which is not installed\nfix: pip install sentencepiece") from err
+    return sentencepiece
+
+
+def load_tokenizer(path: str | Path, vocab_size: int):
+    """The SentencePieceProcessor stored at `path`; it must have exactly `vocab_size` pieces. Raises DataError."""
+    path, spm = Path(path), sentencepiece()
+    if not path.is_file():
+        raise DataError(
+            f"data.tokenizer_path={path} is not a file; expected a SentencePiece model (cwd {Path.cwd()})\n"
+            f"fix: {near_names(path)}; or fetch it: python -m pgolf.data.download sp1024 --train-shards 0"
+        )
+    proto = path.read_bytes()
+    try:
+        processor = spm.SentencePieceProcessor(model_proto=proto)
+        pieces = processor.vocab_size()
+    except Exception as err:  # sentencepiece raises RuntimeError or TypeError, by version
+        kind = foreign_kind(proto[:64]) or "something else (truncated?)"
+        raise DataError(
+            f"{path} is no SentencePiece model: it looks like {kind} ({len(proto):,} bytes)\n"
+            "fix: fetch the tokenizer again"
+        ) from err
+    if pieces != vocab_size:
+        raise DataError(
+            f"vocabulary sizes differ: {pieces} pieces in the tokenizer {path}, {vocab_size} in model.embed.vocab_size\n"
+            f"fix: set model.embed.vocab_size={pieces} (VOCAB_SIZE), or give the tokenizer of the shards"
+        )
+    return processor
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """Bytes of a target y after a token x: `base[y] + (lead[y] and not boundary[x])`.
+
+    base: (V,) int16 bytes of the piece without the space it may begin with. lead: (V,) bool, it begins with one.
+    boundary: (V,) bool, no text stands before what follows this token (BOS, other specials, ids beyond the tokenizer),
+    so a space that leads the next piece is none of the text's. Any other space in a piece is one byte: the published
+    table would count three for it, but published vocabularies have no such piece. Specials stand for 0 bytes.
+    """
+
+    base: np.ndarray
+    lead: np.ndarray
+    boundary: np.ndarray
+
+    @classmethod
+    def from_sentencepiece(cls, sp, vocab_size: int) -> ByteTable:
+        """The table of a SentencePieceProcessor, over max(its size, vocab_size) ids."""
+        size = max(sp.vocab_size(), vocab_size)
+        base, lead, boundary = np.zeros(size, np.int16), np.zeros(size, bool), np.ones(size, bool)
+        for i in range(sp.vocab_size()):
+            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+                continue
+            boundary[i] = False
+            if sp.is_byte(i):
+                base[i] = 1
+                continue
+            piece = sp.id_to_piece(i)
+            lead[i] = piece.startswith(SPACE_MARK)
+            base[i] = len(piece.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ").encode())
+        return cls(base, lead, boundary)
+
+    def count(self, prev: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Bytes of each target, int64, for integer arrays of one shape."""
+        return self.base[targets].astype(np.int64) + (self.lead[targets] & ~self.boundary[prev])
+
+    def torch(self, device="cpu") -> Callable:
+        """The same count on tensors: (ids, targets) integer tensors of one shape on `device` -> int64 bytes."""
+        import torch
+
+        base = torch.from_numpy(self.base.astype(np.int64)).to(device)
+        lead, inner = (torch.from_numpy(a).to(device) for a in (self.lead, ~self.boundary))
+        return lambda ids, targets: base[targets] + (lead[targets] & inner[ids])
+
+
+def piece_bytes(sp) -> list[bytes]:
+    """The bytes of text that each piece stands for: b"" for specials, a space for each space mark."""
+    out = []
+    for i in range(sp.vocab_size()):
+        piece = sp.id_to_piece(i)
+        if sp.is_byte(i):
+            out.append(bytes([int(piece[3:-1], 16)]))  # "<0x0A>"
+        elif sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+            out.append(b"")
+        else:
+            out.append(piece.replace(SPACE_MARK, " ").encode())
+    return out
+
+
+def brute_force_bytes(sp, tokens: np.ndarray) -> int:
+    """Bytes of the targets tokens[1:], with no table: documents are put together and measured.
+
+    tokens: (n,) integers. Each document is the concatenation of its pieces' bytes; one leading space right after BOS is
+    free. Nothing is decoded to a string, because an undecodable byte would become the three bytes of U+FFFD (PR #1271).
+    Before the first BOS stands the rest of an earlier document, of which the very first token is no target.
+    """
+    pieces, tokens = piece_bytes(sp), np.asarray(tokens)
+    starts = np.flatnonzero(tokens == sp.bos_id()).tolist()
+    total = 0
+    for i, start in enumerate([0, *starts]):
+        end = starts[i] if i < len(starts) else len(tokens)
+        if start == end:
+            continue
+        text = b"".join(pieces[t] for t in tokens[start + 1 : end].tolist())
+        total += len(text) - (tokens[start] == sp.bos_id() and text.startswith(b" "))
+    return int(total)
+
+
+def prove_bytes(sp, table: ByteTable, tokens: np.ndarray) -> int:
+    """Counts the bytes of tokens[1:] on both paths and returns the number. About 0.1 s per million tokens.
+
+    Raises DataError when the vocabulary has no lone space (it would cost three byte pieces, PR #897), when the table
+    gives a byte piece another count than 1, when an id has no entry, or when the paths differ by one byte.
+    """
+    if sp.piece_to_id(SPACE_MARK) == sp.unk_id():
+        raise DataError(
+            f'bytes cannot be proven: the tokenizer has no lone "{SPACE_MARK}" piece, so a single space becomes byte '
+            "pieces\nfix: use a tokenizer whose vocabulary has it (the published ones do)"
+        )
+    wrong = [i for i in range(sp.vocab_size()) if sp.is_byte(i) and table.base[i] + table.lead[i] != 1]
+    if wrong:
+        raise DataError(
+            f"bytes cannot be proven: byte piece {sp.id_to_piece(wrong[0])} (id {wrong[0]}) counts "
+            f"{table.base[wrong[0]] + table.lead[wrong[0]]} bytes, expected 1\nfix: rebuild the byte table"
+        )
+    tokens = np.asarray(tokens)
+    top = int(tokens.max(initial=0))
+    if top >= sp.vocab_size():
+        raise DataError(
+            f"bytes cannot be proven: token id {top} in the split, but the tokenizer has {sp.vocab_size()} pieces\n"
+            "fix: give the tokenizer that made the shards (data.tokenizer_path)"
+        )
+    by_table = 0
+    for i in range(0, len(tokens) - 1, CHUNK):
+        part = tokens[i : i + CHUNK + 1]
+        by_table += int(table.count(part[:-1], part[1:]).sum())
+    by_hand = brute_force_bytes(sp, tokens)
+    if by_table != by_hand:
+        raise DataError(_difference(sp, table, by_table, by_hand))
+    return by_hand
+
+
+def _difference(sp, table: ByteTable, by_table: int, by_hand: int) -> str:
+    """The message for two different counts, with the pieces to blame where single pieces are."""
+    bad = [(i, len(b)) for i, b in enumerate(piece_bytes(sp)) if table.base[i] + table.lead[i] != len(b)]
+    blame = "; ".join(f"{sp.id_to_piece(i)!r} is {n} bytes, table {table.base[i] + table.lead[i]}" for i, n in bad[:3])
+    return (
+        f"bytes cannot be proven: the table counts {by_table:,}, the pieces' own bytes are {by_hand:,} "
+        f"({by_table - by_hand:+,}); {blame or 'single pieces agree, so a special token stands inside a document'}\n"
+        "fix: build the table from the tokenizer that made the shards; without proof report val_loss only"
+    )

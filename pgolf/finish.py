@@ -1,0 +1,127 @@
+"""Behind the clock: average the weights, score them, squeeze them, reload them from the bytes, score those, report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from pgolf import result
+from pgolf.artifact import budget
+from pgolf.artifact.bundle import bundle
+from pgolf.artifact.model_io import load_model, save_model
+from pgolf.config import RunConfig
+from pgolf.data.batch import Batch
+from pgolf.eval.base import EvalResult, Evaluator, evaluate
+from pgolf.eval.windowed import PlainWindows, SlidingWindows
+from pgolf.model.gpt import GPT, parameter_count
+from pgolf.quant import fake_quant
+
+if TYPE_CHECKING:
+    from pgolf.train import Trainer
+
+
+def plain_windows(cfg: RunConfig) -> PlainWindows:
+    """The plain evaluator of a run."""
+    return PlainWindows(cfg.eval.seq_len or cfg.data.seq_len, cfg.eval.batch_tokens)
+
+
+def sliding_windows(cfg: RunConfig) -> SlidingWindows | None:
+    """The sliding evaluator of a run; None when it is off."""
+    if not cfg.eval.stride:
+        return None
+    return SlidingWindows(cfg.eval.seq_len or cfg.data.seq_len, cfg.eval.stride, cfg.eval.batch_tokens)
+
+
+def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
+    """Everything after the last step. Returns the result; raises BudgetError after writing it when over the limit."""
+    cfg, log, ledger, dist = trainer.cfg, trainer.log, trainer.ledger, trainer.dist
+    fake_quant.detach(trainer.model)
+    source = load_average(trainer)
+    log.line(f"exported weights: {source}")
+    with log.phase("evaluate_float", ledger):
+        floats = trainer.validate(plain_windows(cfg), limit=cfg.eval.max_tokens)
+    label = f"{cfg.quant.matrix}_{cfg.quant.codec}_roundtrip"
+    with log.phase("pack", ledger):
+        artifact = save_model(trainer.model, trainer.infos, cfg.quant, trainer.data.tokenizer_sha256) if dist.is_main else b""
+        artifact = dist.broadcast_object(artifact)
+        code = bundle() if dist.is_main else b""
+    if dist.is_main:
+        (run_dir / "model.pgolf").write_bytes(artifact)
+        (run_dir / "train_gpt_bundle.py").write_bytes(code)
+    report = budget.account(artifact, dist.broadcast_object(code))
+    log.sizes(report.artifact_bytes, report.code_bytes, f"{cfg.quant.matrix}+{cfg.quant.codec}")
+    model = load_model(artifact, device=trainer.device, compute_dtype=trainer.runtime.compute_dtype)
+    with log.phase("evaluate", ledger):
+        packed = score(trainer, model, plain_windows(cfg), cfg.eval.max_tokens, label)
+        slider = sliding_windows(cfg)
+        slid = score(trainer, model, slider, cfg.eval.sliding_max_tokens, f"{label}_sliding") if slider else None
+    if trainer.device.type == "cuda":
+        log.peak_memory(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+    facts = gather(trainer, floats, packed, slid, report, began)
+    if dist.is_main:
+        result.write_result(run_dir, facts)
+        result.plot_curves(run_dir / "events.jsonl", run_dir / "curves.png", say=log.line)
+    result.print_result(facts, log.line)
+    log.line(f"run directory: {run_dir}")
+    log.event("result", **facts)
+    budget.check(report)
+    return facts
+
+
+def load_average(trainer: Trainer) -> str:
+    """Puts the averaged weights into the model; returns what they are."""
+    source, weights = trainer.averager.averaged()
+    params = dict(trainer.model.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            params[name].copy_(value)
+    return source
+
+
+def score(trainer: Trainer, model: GPT, evaluator: Evaluator, limit: int, label: str) -> EvalResult:
+    """Scores a reloaded model on the val split and logs it."""
+    data, log = trainer.data, trainer.log
+    nll = trainer.compiled(lambda ids, targets: model(Batch(ids, targets))[0])
+    scored = evaluate(
+        evaluator,
+        nll,
+        data.val,
+        data.byte_counts,
+        trainer.dist,
+        progress=lambda done, total: log.progress(label, done, total),
+        limit_tokens=limit,
+    )
+    log.final(label, scored.val_loss, scored.val_bpb, 1000 * scored.seconds, subset=scored.subset)
+    return scored
+
+
+def gather(trainer: Trainer, floats: EvalResult, packed: EvalResult, slid: EvalResult | None, report, began) -> dict:
+    """The facts of a run, as result.json holds them."""
+    cfg, ledger = trainer.cfg, trainer.ledger
+    train_seconds = trainer.clock.elapsed_ms / 1000
+    return {
+        "preset": cfg.preset,
+        "seed": cfg.train.seed,
+        "world_size": trainer.dist.world_size,
+        "device": str(trainer.device),
+        "dtype": trainer.runtime.dtype.value,
+        "torch": torch.__version__,
+        "data": trainer.data.name,
+        "parameters": parameter_count(trainer.model),
+        "steps": trainer.step_number,
+        "tokens": trainer.tokens,
+        "train_seconds": train_seconds,
+        "total_seconds": time.monotonic() - began,
+        "tokens_per_second": trainer.tokens / max(train_seconds, 1e-9),
+        "val_loss": floats.val_loss,
+        "val_bpb": floats.val_bpb,
+        "val_bpb_artifact": packed.val_bpb,
+        "val_bpb_sliding": slid.val_bpb if slid else None,
+        "subset": packed.subset,
+        "subset_sliding": slid.subset if slid else None,
+        **report.to_dict(),
+        "ledger": ledger.to_dict(),
+    }

@@ -1,0 +1,57 @@
+"""What changes during a run: "from this point on, do that". Idempotent; each phase starts once and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pgolf.model.gpt import GPT
+from pgolf.model.roles import ParamInfo
+from pgolf.quant import fake_quant
+from pgolf.quant.config import QuantConfig
+
+
+@dataclass
+class Phase:
+    """due(lr_scale) says when; start() does it and returns the line for the log; undo() restores the state before."""
+
+    name: str
+    due: Callable[[float], bool]
+    start: Callable[[], str]
+    undo: Callable[[], None]
+    started: bool = False
+
+
+class Phases:
+    """The phases of a run. All decisions use the lr scale, which comes from rank 0's clock: ranks never decide alone."""
+
+    def __init__(self, model: GPT, infos: list[ParamInfo], quant: QuantConfig):
+        self.phases = []
+        if quant.late_qat:
+            threshold = quant.late_qat.threshold
+            self.phases.append(
+                Phase(
+                    "late_qat",
+                    due=lambda scale: scale < threshold,
+                    start=lambda: f"{fake_quant.attach(model, infos, quant)} matrices are fake-quantised from here on",
+                    undo=lambda: fake_quant.detach(model),
+                )
+            )
+
+    def apply(self, lr_scale: float) -> list[tuple[str, str]]:
+        """Starts every phase that is due and has not started; returns (name, what happened) of those."""
+        happened = []
+        for phase in self.phases:
+            if not phase.started and phase.due(lr_scale):
+                phase.started = True
+                happened.append((phase.name, phase.start()))
+        return happened
+
+    def variants(self):
+        """Yields once per combination of started phases that a run can reach, for warm-up; restores afterwards."""
+        yield "start"
+        for phase in self.phases:
+            phase.start()
+            yield phase.name
+        for phase in self.phases:
+            phase.undo()

@@ -1,0 +1,169 @@
+"""A run's result: `result.json`, its text, and its curves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pgolf.errors import NumericalError, PgolfError, SetupError
+
+LIMIT = 16_000_000  # bytes of artifact and code together; decimal, as the challenge counts
+
+# A value may be None where a run has none (val_bpb_sliding without a sliding pass); the key may not be missing.
+REQUIRED = (
+    "preset", "seed", "world_size", "device", "parameters", "steps", "tokens", "train_seconds", "total_seconds",
+    "val_loss", "val_bpb", "val_bpb_artifact", "val_bpb_sliding", "artifact_bytes", "code_bytes", "total_bytes",
+    "tokens_per_second",
+)  # fmt: skip
+
+
+def write_result(run_dir: str | Path, result: Mapping[str, Any]) -> Path:
+    """Writes `run_dir`/result.json in one piece: a reader sees the old file or the new one, never half of one.
+
+    Raises PgolfError when a required key is missing, NumericalError on a non-finite number (JSON has none) and
+    SetupError when the folder cannot be written.
+    """
+    missing = [key for key in REQUIRED if key not in result]
+    if missing:
+        raise PgolfError(f"result: keys missing: {', '.join(missing)}; each of {len(REQUIRED)} must be given")
+    try:
+        text = json.dumps(dict(result), indent=2, allow_nan=False) + "\n"
+    except ValueError as err:
+        raise NumericalError(
+            f"result: a number is not finite ({err}); the run diverged, its result means nothing"
+        ) from err
+    path = Path(run_dir) / "result.json"
+    temp = path.with_name(f".result.json.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temp, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    except OSError as err:
+        with suppress(OSError):
+            temp.unlink()
+        raise SetupError(
+            f"{path}: cannot write the result ({err.strerror}); free some space or set train.out_dir"
+        ) from err
+    return path
+
+
+def print_result(result: Mapping[str, Any], write: Callable[[str], None] = print) -> None:
+    """Writes the lines of `result_lines` one by one, for example to `RunLog.line`."""
+    for line in result_lines(result):
+        write(line)
+
+
+def result_lines(result: Mapping[str, Any]) -> list[str]:
+    """Text of a result: what ran, scores, bytes, time.
+
+    Beyond the required keys it knows: subset, subset_sliding (what was scored), bytes_by_group {name: bytes of the
+    artifact}, ledger (`TimeLedger.to_dict()`).
+    """
+    ranks = f"{result['world_size']} rank{'s' if result['world_size'] != 1 else ''}"
+    lines = [
+        f"Result: {result['preset']}, seed {result['seed']}, {ranks} on {result['device']}",
+        f"  {result['parameters']:,} parameters, {result['steps']:,} steps, {result['tokens']:,} tokens,"
+        f" {result['tokens_per_second']:,.0f} tokens/s",
+        f"  trained for {result['train_seconds']:.1f} s of {result['total_seconds']:.1f} s in all",
+    ]
+    lines += ["Bits per byte", *_score_lines(result), "Bytes", *_byte_lines(result)]
+    if result.get("ledger"):
+        from pgolf.dist import ledger_lines  # lazy: it brings torch, which reading a result does not need
+
+        lines += ["Time", *("  " + line for line in ledger_lines(result["ledger"]))]
+    return lines
+
+
+def _score_lines(result: Mapping[str, Any]) -> list[str]:
+    plain, packed, sliding = (result[k] for k in ("val_bpb", "val_bpb_artifact", "val_bpb_sliding"))
+    lines = [_score("trained weights, plain", plain), _score("reloaded artifact, plain", packed)]
+    if plain is not None and packed is not None:
+        lines.append(f"  {'quantisation gap':<28} {packed - plain:+.4f}")
+    lines.append(_score("reloaded artifact, sliding", sliding))
+    for key, label in (("subset", "plain"), ("subset_sliding", "sliding")):
+        if result.get(key):
+            lines.append(f"  {label}: {result[key]}")
+    return lines
+
+
+def _score(label: str, bpb: float | None) -> str:
+    return f"  {label:<28} " + ("not run" if bpb is None else f"{bpb:.4f}")
+
+
+def _byte_lines(result: Mapping[str, Any]) -> list[str]:
+    artifact, code, total = (result[k] for k in ("artifact_bytes", "code_bytes", "total_bytes"))
+    if total is None:
+        return ["  no artifact was written"]
+    rows = [("artifact", artifact)]
+    rows += [(f"  {name}", size) for name, size in result.get("bytes_by_group", {}).items()]
+    rows += [("code", code), ("total", total), ("limit", LIMIT)]
+    rows.append(("left", LIMIT - total) if total <= LIMIT else ("OVER the limit by", total - LIMIT))
+    width = max(len(name) for name, _ in rows)
+    return [f"  {name:<{width}} {size:>12,}" for name, size in rows]
+
+
+def plot_curves(events: str | Path, png: str | Path, say: Callable[[str], None] = print) -> Path | None:
+    """Draws losses and learning-rate scale over steps from `events`.jsonl into `png`; None (and a line) if it cannot.
+
+    Lines that are not whole JSON objects, as a killed run leaves, are skipped.
+    """
+    try:
+        steps, vals = _read_curves(Path(events))
+        if not steps and not vals:
+            say(f"no curves: {events} has no steps")
+            return None
+        _draw(steps, vals, Path(png))
+    except ImportError:
+        say("no curves: matplotlib is missing; install it with: pip install matplotlib")
+        return None
+    except OSError as err:
+        say(f"no curves: {err}")
+        return None
+    return Path(png)
+
+
+def _read_curves(events: Path) -> tuple[list[dict], list[dict]]:
+    found: dict[str, list[dict]] = {"step": [], "val": []}
+    for line in events.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and event.get("kind") in found:
+            found[event["kind"]].append(event)
+    return found["step"], found["val"]
+
+
+def _draw(steps: list[dict], vals: list[dict], png: Path) -> None:
+    # Not pyplot: its global state and its choice of a display have no place in a training run.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, lr = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    loss.plot(*_curve(steps, "train_loss"), color="tab:blue", linewidth=1, alpha=0.8, label="train")
+    loss.plot(*_curve(vals, "val_loss"), color="tab:orange", marker="o", markersize=4, label="val")
+    if vals:
+        last = vals[-1]
+        loss.set_title(f"val {last['val_loss']:.4f} nats/token, {last['val_bpb']:.4f} bits/byte at step {last['step']}")
+    loss.set_ylabel("loss (nats per token)")
+    loss.legend()
+    lr.plot(*_curve(steps, "lr_scale"), color="tab:green")
+    lr.set(xlabel="step", ylabel="learning-rate scale")
+    lr.set_ylim(bottom=0)
+    for axes in (loss, lr):
+        axes.grid(alpha=0.3)
+    figure.savefig(png, dpi=120)
+
+
+def _curve(events: list[dict], key: str) -> tuple[list, list]:
+    """Steps and values; a non-finite value was logged as a string and leaves a gap."""
+    return [e["step"] for e in events], [float(e[key]) for e in events]

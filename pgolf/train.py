@@ -1,0 +1,267 @@
+"""The training loop: warm-up, step, phases, cap, averaging, then `pgolf.finish` for everything behind the clock."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pgolf import config, finish, runtime
+from pgolf.config import RunConfig, Settings
+from pgolf.data.batch import Batch
+from pgolf.data.loaders import LOADERS, Prefetcher
+from pgolf.data.source import open_data
+from pgolf.dist import Clock, Dist, TimeLedger, start
+from pgolf.errors import ConfigError, NumericalError
+from pgolf.eval.base import EvalResult, Evaluator, evaluate
+from pgolf.log import RunLog
+from pgolf.model import plan
+from pgolf.model.gpt import GPT, parameter_count
+from pgolf.model.objective import Objective
+from pgolf.model.roles import roles_of
+from pgolf.optim.average import Averager
+from pgolf.optim.groups import build_groups
+from pgolf.optim.schedule import SCHEDULES, Progress
+from pgolf.optim.step import Optimizers, momentum_at
+from pgolf.phases import Phases
+
+
+class Trainer:
+    """Everything that a run holds while the clock is running. Built by `run`."""
+
+    def __init__(self, cfg: RunConfig, dist: Dist, log: RunLog, ledger: TimeLedger):
+        self.cfg, self.dist, self.log, self.ledger = cfg, dist, log, ledger
+        self.device = dist.device
+        t = cfg.train
+        self.runtime = runtime.choose(self.device, dtype=t.dtype, compile=t.compile, kernels=t.kernels)
+        with log.phase("data", ledger):
+            self.data = self._open_data()
+        eval_len = cfg.eval.seq_len or cfg.data.seq_len
+        self.model = GPT(
+            cfg.model,
+            train_length=cfg.data.seq_len,
+            max_length=eval_len,
+            compute_dtype=self.runtime.compute_dtype,
+        )
+        self.model.init_weights(t.seed).to(self.device)
+        dist.broadcast_params_(list(self.model.parameters()))
+        self.infos = roles_of(self.model)
+        layers = (cfg.model.plan.num_layers, cfg.model.plan.n_encoder)
+        self.optim = Optimizers(build_groups(self.infos, cfg.optim, layers, cfg.model.embed.tied))
+        self.params = [i.param for i in self.infos if i.param.requires_grad]
+        self.objective = Objective(cfg.loss, self.model, self.device)
+        self.phases = Phases(self.model, self.infos, cfg.quant)
+        self.averager = Averager({i.name: i.param for i in self.infos}, cfg.average)
+        cap = t.max_wallclock_seconds * 1000 - t.reserve_ms if t.max_wallclock_seconds else None
+        self.clock = Clock(dist, cap)
+        self.loader = self._new_loader()
+        self.compute_loss = self._compiled(self.objective.__call__)
+        self.nll = self._compiled(lambda ids, targets: self.model(Batch(ids, targets))[0])
+        self.step_number, self.lr_scale, self.tokens = 0, 1.0, 0
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def _open_data(self):
+        """Rank 0 first: with the embedded corpus it builds what the others then find."""
+        args = (self.cfg.data, self.cfg.model.embed.vocab_size, self.device)
+        data = open_data(*args, progress=self.log.line) if self.dist.is_main else None
+        self.dist.barrier()
+        return data or open_data(*args, progress=lambda text: None)
+
+    def _new_loader(self):
+        cfg = self.cfg
+        make = LOADERS[cfg.data.loader]
+        loader = make(
+            self.data.train_files,
+            cfg.data,
+            rank=self.dist.rank,
+            world_size=self.dist.world_size,
+            seed=cfg.train.seed,
+            device=self.device,
+        )
+        return Prefetcher(loader)
+
+    def _compiled(self, fn: Callable) -> Callable:
+        if self.runtime.compile.value != "on":
+            return fn
+        return torch.compile(fn, fullgraph=self.cfg.train.fullgraph, dynamic=False)
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def step(self, lr_scale: float, step_number: int) -> Tensor:
+        """Forward, backward, average over ranks, clip, update. Returns this rank's mean loss, on the device."""
+        cfg, accum = self.cfg, self.loader.micro_steps
+        total = torch.zeros((), device=self.device)
+        for _ in range(accum):
+            loss, plain = self.compute_loss(self.loader.next_batch())
+            (loss / accum).backward()
+            total += plain / accum
+        clip = cfg.optim.clip
+        if clip and clip.scope == "rank":
+            self.optim.clip_(clip)
+        self.dist.mean_grads_([p.grad for p in self.params if p.grad is not None])
+        if clip and clip.scope == "global":
+            self.optim.clip_(clip)
+        self.optim.set(lr_scale, momentum_at(step_number, cfg.optim.muon))
+        self.optim.step()
+        self.optim.zero_grad()
+        return total
+
+    def mean_loss(self, loss: Tensor) -> float:
+        """Mean over ranks as a Python number; stops the run when it is not finite. A host synchronisation."""
+        value = self.dist.all_reduce_sum_(loss.clone()).item() / self.dist.world_size
+        if not math.isfinite(value):
+            raise NumericalError(
+                f"step {self.step_number}: training loss is {value}; expected a finite number\n"
+                "The run is stopped and nothing is exported: lower the learning rates or set GRAD_CLIP_NORM."
+            )
+        return value
+
+    # -- phases of the run ---------------------------------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Compiles every graph of the run on real shapes, then restores weights, optimiser and loader."""
+        if not self.cfg.train.warmup_steps:
+            return
+        weights = copy.deepcopy(self.model.state_dict())
+        state = copy.deepcopy(self.optim.state_dict())
+        for variant in self.phases.variants():
+            steps = self.cfg.train.warmup_steps if variant == "start" else min(2, self.cfg.train.warmup_steps)
+            for i in range(steps):
+                self.step(0.0, 0)
+                self.log.progress(f"warm-up ({variant})", i + 1, steps)
+        self.model.load_state_dict(weights)
+        self.optim.load_state_dict(state)
+        self.loader.close()
+        self.loader = self._new_loader()
+
+    def train(self) -> None:
+        """Steps until `iterations` or the cap, whichever comes first; every decision comes from rank 0's clock."""
+        cfg, steps = self.cfg, self.cfg.train.iterations
+        pace = Pace(self.device)
+        self.clock.start()
+        while self.step_number < steps and not self.clock.expired:
+            now = Progress(self.step_number, steps, self.clock.elapsed_ms, self.clock.cap_ms)
+            self.lr_scale = SCHEDULES[cfg.schedule.kind](cfg.schedule, now)
+            for name, what in self.phases.apply(self.lr_scale):
+                self.log.event("phase", name=name, step=self.step_number, lr_scale=self.lr_scale)
+                self.log.line(f"{name}:enabled step:{self.step_number} scale:{self.lr_scale:.4f} ({what})")
+            self.objective.set_progress(budget_used(now))
+            loss = self.step(self.lr_scale, self.step_number)
+            self.step_number += 1
+            self.tokens += self.loader.tokens_per_step
+            self.averager.update(self.step_number, self.lr_scale)
+            pace.wait()
+            self.clock.tick()
+            self._report(loss)
+        if self.step_number < steps:
+            self.log.stopping_early(self.clock.elapsed_ms, self.step_number, steps)
+        self.clock.pause()
+
+    def _report(self, loss: Tensor) -> None:
+        """Log line and validation where they are due."""
+        t, n, ms = self.cfg.train, self.step_number, self.clock.elapsed_ms
+        last = n == t.iterations or self.clock.expired
+        if last or n <= 10 or (t.train_log_every and n % t.train_log_every == 0):
+            left = self.clock.left_ms
+            self.log.step(
+                n,
+                t.iterations,
+                self.mean_loss(loss),
+                ms,
+                lr_scale=self.lr_scale,
+                tokens_per_second=1000 * self.tokens / max(ms, 1e-9),
+                time_left_s=None if left is None else left / 1000,
+            )
+        if last or (t.val_loss_every and n % t.val_loss_every == 0):
+            with self.clock.paused(), self.ledger.phase("validate"):
+                scored = self.validate(finish.plain_windows(self.cfg), limit=self.cfg.eval.max_tokens)
+            self.log.val(n, t.iterations, scored.val_loss, scored.val_bpb, ms)
+
+    def validate(self, evaluator: Evaluator, limit: int) -> EvalResult:
+        """Scores the val split with the weights as they are, fake quantisation off."""
+        self.model.eval()
+        data = self.data
+        scored = evaluate(evaluator, self.nll, data.val, data.byte_counts, self.dist, limit_tokens=limit)
+        self.model.train()
+        return scored
+
+
+class Pace:
+    """Keeps the host at most two steps ahead of a GPU, so that host time is training time; without this the clock would
+    measure how fast kernels are queued."""
+
+    def __init__(self, device: torch.device):
+        self.events: deque = deque()
+        self.cuda = device.type == "cuda"
+
+    def wait(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self.events.append(event)
+            if len(self.events) > 2:
+                self.events.popleft().synchronize()
+
+
+def budget_used(now: Progress) -> float:
+    """Share of the run that is over, 0 to 1: by the clock when there is a cap, by steps when not."""
+    return now.elapsed_ms / now.cap_ms if now.cap_ms else now.step / now.iterations
+
+
+def run(settings: Settings) -> dict:
+    """Trains, exports, reloads and scores one run; returns what is written to result.json."""
+    began = time.monotonic()
+    cfg = settings.config
+    dist = start(cfg.train.device)
+    try:
+        run_dir = make_run_dir(settings, dist)
+        with RunLog(run_dir, dist.rank) as log:
+            try:
+                return _run(settings, run_dir, dist, log, began)
+            except Exception as err:
+                log.event("error", error=type(err).__name__, message=str(err))
+                raise
+    finally:
+        dist.close()
+
+
+def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: float) -> dict:
+    cfg, ledger = settings.config, TimeLedger()
+    if dist.is_main:
+        config.write(settings, run_dir / "config.json")
+    for note in settings.notes:
+        log.line(f"note: {note}")
+    log.line(f"run: {run_dir}  preset:{cfg.preset} seed:{cfg.train.seed} config digest:{config.digest(cfg)[:16]}")
+    trainer = Trainer(cfg, dist, log, ledger)
+    for line in [*trainer.runtime.lines(), *trainer.data.lines]:
+        log.line(line)
+    log.line(f"model_params:{parameter_count(trainer.model)}")
+    for line in [*plan.table(trainer.model.plan), *trainer.optim.lines()]:
+        log.line(line, console=False)
+    per_rank = f"{trainer.loader.micro_steps} micro-batches per rank and step"
+    log.line(f"world_size:{dist.world_size} tokens per step:{trainer.loader.tokens_per_step} ({per_rank})")
+    with log.phase("warmup", ledger):
+        trainer.warm_up()
+    with log.phase("train", ledger):
+        trainer.train()
+    trainer.loader.close()
+    return finish.finish(trainer, run_dir, began)
+
+
+def make_run_dir(settings: Settings, dist: Dist) -> Path:
+    """`out_dir/run_id`, new; rank 0 names it. Raises ConfigError when a run of that name is already there."""
+    train = settings.config.train
+    name = train.run_id or f"{settings.config.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    path = Path(dist.broadcast_object(train.out_dir)) / dist.broadcast_object(name)
+    taken = dist.max_int(int(dist.is_main and path.exists() and any(path.iterdir())))
+    if taken:
+        raise ConfigError(f"{path} holds an earlier run, which is left untouched: choose another RUN_ID or remove it")
+    return path

@@ -1,0 +1,32 @@
+"""Shared by all tests: the repository on the path, two CPU threads at most, small models."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here"))
+
+
+@pytest.fixture
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+def random_batch(vocab: int, rows: int = 2, length: int = 32, seed: int = 0):
+    """A Batch of uniform random tokens."""
+    from pgolf.data.batch import Batch
+
+    gen = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab, (rows, length + 1), generator=gen)
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
