@@ -9,7 +9,7 @@ steps, not at 1. Smaller ones end below that, at up to 486 times (3.4445^5) thei
 g (n, r, c) or (r, c), any float dtype -> the same shape and dtype, contiguous. Matrices of a batch do not mix. The
 shorter side is multiplied out, so A is min(r, c) square. The norm is taken in at least fp32; the iteration runs in
 `compute_dtype`: bf16 on CUDA (products accumulate in fp32), at least fp32 elsewhere, because a CPU's bf16 matmul is
-some 70 times slower than its fp32 one. bf16 against fp64: BFERR.
+some 70 times slower than its fp32 one. Error against fp64, as a share of the result's norm: bf16 1.5 %, fp32 2e-6.
 Not differentiable by intent. Raises ValueError on fewer than 2 or more than 3 axes and on steps < 1.
 Source: Muon (K. Jordan 2024); Parameter Golf's baseline optimiser.
 """
@@ -22,9 +22,7 @@ from torch import Tensor
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def newton_schulz_ref(
-    g: Tensor, steps: int = 5, eps: float = 1e-7, compute_dtype: torch.dtype | None = None
-) -> Tensor:
+def newton_schulz_ref(g: Tensor, steps: int = 5, eps: float = 1e-7, compute_dtype: torch.dtype | None = None) -> Tensor:
     """Reference of `newton_schulz`, in plain torch: three batched products a step."""
     wide = torch.promote_types(g.dtype, torch.float32)
     if compute_dtype is None:
@@ -44,9 +42,7 @@ def newton_schulz_ref(
     return x.contiguous().to(g.dtype).view(g.shape)
 
 
-def newton_schulz(
-    g: Tensor, steps: int = 5, eps: float = 1e-7, compute_dtype: torch.dtype | None = None
-) -> Tensor:
+def newton_schulz(g: Tensor, steps: int = 5, eps: float = 1e-7, compute_dtype: torch.dtype | None = None) -> Tensor:
     """See the module's contract."""
     if g.ndim not in (2, 3):
         raise ValueError(f"newton_schulz: g is {tuple(g.shape)}, expected (r, c) or (n, r, c)")

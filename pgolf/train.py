@@ -28,7 +28,7 @@ from pgolf.model.objective import Objective
 from pgolf.model.roles import roles_of
 from pgolf.optim.average import Averager
 from pgolf.optim.groups import build_groups
-from pgolf.optim.schedule import SCHEDULES, Progress
+from pgolf.optim.schedule import Progress, lr_scale
 from pgolf.optim.step import Optimizers, momentum_at
 from pgolf.phases import Phases
 
@@ -54,7 +54,7 @@ class Trainer:
         dist.broadcast_params_(list(self.model.parameters()))
         self.infos = roles_of(self.model)
         layers = (cfg.model.plan.num_layers, cfg.model.plan.n_encoder)
-        self.optim = Optimizers(build_groups(self.infos, cfg.optim, layers, cfg.model.embed.tied))
+        self.optim = Optimizers(build_groups(self.infos, cfg.optim, layers, cfg.model.embed.tied), cfg.optim.muon)
         self.params = [i.param for i in self.infos if i.param.requires_grad]
         self.objective = Objective(cfg.loss, self.model, self.device)
         self.phases = Phases(self.model, self.infos, cfg.quant)
@@ -62,8 +62,8 @@ class Trainer:
         cap = t.max_wallclock_seconds * 1000 - t.reserve_ms if t.max_wallclock_seconds else None
         self.clock = Clock(dist, cap)
         self.loader = self._new_loader()
-        self.compute_loss = self._compiled(self.objective.__call__)
-        self.nll = self._compiled(lambda ids, targets: self.model(Batch(ids, targets))[0])
+        self.compute_loss = self.compiled(self.objective.__call__)
+        self.nll = self.compiled(lambda ids, targets: self.model(Batch(ids, targets))[0])
         self.step_number, self.lr_scale, self.tokens = 0, 1.0, 0
 
     # -- building ------------------------------------------------------------------------------------------------
@@ -88,7 +88,8 @@ class Trainer:
         )
         return Prefetcher(loader)
 
-    def _compiled(self, fn: Callable) -> Callable:
+    def compiled(self, fn: Callable) -> Callable:
+        """`fn` through torch.compile if this run compiles."""
         if self.runtime.compile.value != "on":
             return fn
         return torch.compile(fn, fullgraph=self.cfg.train.fullgraph, dynamic=False)
@@ -145,11 +146,13 @@ class Trainer:
     def train(self) -> None:
         """Steps until `iterations` or the cap, whichever comes first; every decision comes from rank 0's clock."""
         cfg, steps = self.cfg, self.cfg.train.iterations
-        pace = Pace(self.device)
+        pace, skipped = Pace(self.device), (0, 0.0)
         self.clock.start()
         while self.step_number < steps and not self.clock.expired:
-            now = Progress(self.step_number, steps, self.clock.elapsed_ms, self.clock.cap_ms)
-            self.lr_scale = SCHEDULES[cfg.schedule.kind](cfg.schedule, now)
+            if self.step_number == cfg.schedule.skip_steps:
+                skipped = (self.step_number, self.clock.elapsed_ms)
+            now = Progress(self.step_number, steps, self.clock.elapsed_ms, self.clock.cap_ms, *skipped)
+            self.lr_scale = lr_scale(cfg.schedule, now)
             for name, what in self.phases.apply(self.lr_scale):
                 self.log.event("phase", name=name, step=self.step_number, lr_scale=self.lr_scale)
                 self.log.line(f"{name}:enabled step:{self.step_number} scale:{self.lr_scale:.4f} ({what})")
@@ -186,7 +189,7 @@ class Trainer:
             self.log.val(n, t.iterations, scored.val_loss, scored.val_bpb, ms)
 
     def validate(self, evaluator: Evaluator, limit: int) -> EvalResult:
-        """Scores the val split with the weights as they are, fake quantisation off."""
+        """Scores the val split with the weights as the training forward sees them (fake-quantised once that is on)."""
         self.model.eval()
         data = self.data
         scored = evaluate(evaluator, self.nll, data.val, data.byte_counts, self.dist, limit_tokens=limit)
@@ -214,6 +217,15 @@ class Pace:
 def budget_used(now: Progress) -> float:
     """Share of the run that is over, 0 to 1: by the clock when there is a cap, by steps when not."""
     return now.elapsed_ms / now.cap_ms if now.cap_ms else now.step / now.iterations
+
+
+def group_lines(optim: Optimizers) -> list[str]:
+    """A line per optimiser group, for the log."""
+    return [
+        f"group {g.name}: {len(g.params)} tensors, {sum(p.numel() for p in g.params):,} numbers, lr {g.lr:g},"
+        f" weight decay {g.weight_decay:g}"
+        for g in optim.groups
+    ]
 
 
 def run(settings: Settings) -> dict:
@@ -244,7 +256,7 @@ def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: floa
     for line in [*trainer.runtime.lines(), *trainer.data.lines]:
         log.line(line)
     log.line(f"model_params:{parameter_count(trainer.model)}")
-    for line in [*plan.table(trainer.model.plan), *trainer.optim.lines()]:
+    for line in [*plan.table(trainer.model.plan), *group_lines(trainer.optim)]:
         log.line(line, console=False)
     per_rank = f"{trainer.loader.micro_steps} micro-batches per rank and step"
     log.line(f"world_size:{dist.world_size} tokens per step:{trainer.loader.tokens_per_step} ({per_rank})")

@@ -121,6 +121,19 @@ def _parse_number(text: str, kind: Any) -> Any:
     return tuple(int(part) for part in text.strip("()[]").replace(",", " ").split())
 
 
+def is_off(text: str, off: tuple[str, ...] = ("0",)) -> bool:
+    """Whether `text` is one of `off`, numbers by value; "0" stands for false, off, no and none too."""
+    low = text.strip().lower()
+    return low in off or ("0" in off and low in FALSE) or any(_same_number(low, o) for o in off)
+
+
+def _same_number(a: str, b: str) -> bool:
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return False
+
+
 def get(tree: Any, path: str) -> Any:
     """Value at `path`; None below a section that is off."""
     for name in path.split("."):
@@ -207,7 +220,7 @@ def nearest(name: str, names: Any, count: int = 3) -> list[str]:
 
 
 def did_you_mean(name: str, names: Any) -> str:
-    """"; did you mean X or Y?", or nothing."""
+    """`; did you mean X or Y?`, or nothing."""
     close = nearest(name, names)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
@@ -217,10 +230,10 @@ def docs(cls: type) -> dict[str, str]:
     """One line a field, from the comment behind it or, failing that, the comment lines above it."""
     lines = inspect.getsource(cls).splitlines()
     out = {}
-    for item in ast.parse(inspect.cleandoc("\n".join(lines))).body[0].body:
+    for item in ast.parse("\n".join(lines)).body[0].body:
         if not isinstance(item, ast.AnnAssign):
             continue
-        code, _, behind = lines[item.end_lineno - 1].partition("  # ")
+        behind = lines[item.end_lineno - 1].partition("  # ")[2]
         above, row = [], item.lineno - 2
         while lines[row].strip().startswith("#"):
             above.insert(0, lines[row].strip("# "))

@@ -1,0 +1,54 @@
+"""A trained model to bytes and back. The bytes describe the model completely: code and tokenizer apart, nothing else is
+needed to score it."""
+
+from __future__ import annotations
+
+import torch
+
+from pgolf import tree
+from pgolf.artifact.pack import pack, unpack
+from pgolf.errors import ArtifactError, ConfigError
+from pgolf.model.config import ModelConfig
+from pgolf.model.gpt import GPT
+from pgolf.model.roles import ParamInfo
+from pgolf.quant.config import QuantConfig
+from pgolf.quant.policy import dequantize, quantize_state
+
+
+def save_model(model: GPT, infos: list[ParamInfo], cfg: QuantConfig, tokenizer_sha256: str) -> bytes:
+    """Quantises and packs `model`'s parameters with what is needed to rebuild it."""
+    state = {i.name: i.param.detach().float().cpu() for i in infos}
+    meta = {
+        "model": tree.to_dict(model.cfg),
+        "train_length": model.train_length,
+        "max_length": model.max_length,
+        "tokenizer": tokenizer_sha256,
+    }
+    return pack(quantize_state(state, infos, cfg), meta, cfg.codec, cfg.level)
+
+
+def load_model(data: bytes, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32) -> GPT:
+    """The model that `data` holds, in evaluation mode.
+
+    Raises ArtifactError when the bytes are damaged or do not describe a model of this version.
+    """
+    records, meta = unpack(data)
+    try:
+        cfg = tree.from_dict(ModelConfig, meta["model"])
+        problems = tree.problems(cfg)
+        if problems:
+            raise ConfigError("; ".join(problems))
+        lengths = {k: int(meta[k]) for k in ("train_length", "max_length")}
+        model = GPT(cfg, **lengths, compute_dtype=compute_dtype)
+    except (KeyError, TypeError, ValueError) as err:
+        raise ArtifactError(f"artifact: its model description cannot be used: {err}") from err
+    weights = dequantize(records)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    got = {name: tuple(w.shape) for name, w in weights.items()}
+    if got != expected:
+        odd = sorted(set(got.items()) ^ set(expected.items()))[:3]
+        raise ArtifactError(f"artifact: its tensors are not those of the model it describes, for example {odd}")
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(weights[name])
+    return model.to(device).eval()
