@@ -8,8 +8,8 @@ w (rows, cols) fp32 -> out (rows, cols) fp32. All arithmetic in fp32, the step r
 stores it so; forward equals dequantising `int6_quantize_ref`, bit for bit. The grid is defined here and nowhere else.
 `scale_floor=1` is the fixed grid of the challenge's scripts for rows with max |w| < 1 (PR #374, PR #401), 0 the plain
 relative one.
-Limits: 2^-24 is fp16's smallest step, so rows with max |w| < 31 * 2^-25 = 9.2e-7 round to multiples of 6e-8, and a row of
-zeros stays zeros. A row with max |w| >= 31 * 65520 = 2.03e6 has no fp16 step: quantising it raises ValueError, fake
+Limits: 2^-24 is fp16's smallest step, so rows with max |w| < 31 * 2^-25 = 9.2e-7 round to multiples of 6e-8, and a row
+of zeros stays zeros. A row with max |w| >= 31 * 65520 = 2.03e6 has no fp16 step: quantising it raises ValueError, fake
 quantisation returns NaN for the whole row, never a finite wrong value. The same holds for a row with inf or NaN.
 `int6` raises ValueError on non-finite weights on a CPU; on a GPU or when compiled, where looking would stall the device
 once a layer, the NaN row reaches the loss, which the training loop checks. Raises ValueError on other shapes or dtypes.
@@ -36,9 +36,7 @@ def int6_grid(w: Tensor, qmax: int, qmin: int, scale_floor: float) -> tuple[Tens
     return torch.round(w / step.float()[:, None]).clamp(qmin, qmax), step
 
 
-def int6_quantize_ref(
-    w: Tensor, *, qmax: int = 31, qmin: int = -32, scale_floor: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def int6_quantize_ref(w: Tensor, *, qmax: int = 31, qmin: int = -32, scale_floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """w (rows, cols) fp32 -> (q int8 (rows, cols), step fp16 (rows,)). ValueError when a row has no finite step."""
     check_weight(w)
     q, step = int6_grid(w.detach(), qmax, qmin, scale_floor)

@@ -85,6 +85,10 @@ def _cache_layer(text: str, _: RunConfig) -> list[Assign]:
     return [(section, "none")] if text.startswith("-") else [(section, "on"), (f"{section}.layer", text)]
 
 
+def _on_off_auto(text: str) -> str:
+    return text if text == "auto" else "on" if tree.parse_bool(text) else "off"
+
+
 def _qat_from_start(text: str, _: RunConfig) -> list[Assign]:
     # a learning-rate scale never exceeds 1, so a threshold of 2 means the first step; 0 leaves late QAT as it is
     return [("quant.late_qat", "on"), ("quant.late_qat.threshold", "2")] if tree.parse_bool(text) else []
@@ -110,9 +114,7 @@ ALIASES: dict[str, str | Alias] = {
     "WARMUP_STEPS": "train.warmup_steps",
     "VAL_LOSS_EVERY": "train.val_loss_every",
     "TRAIN_LOG_EVERY": "train.train_log_every",
-    "COMPILE_ENABLED": Alias(
-        ("train.compile",), lambda text, _: [("train.compile", "on" if tree.parse_bool(text) else "off")]
-    ),
+    "COMPILE_ENABLED": Alias(("train.compile",), lambda text, _: [("train.compile", _on_off_auto(text))]),
     "COMPILE_FULLGRAPH": "train.fullgraph",
     "DATA_PATH": "data.path",
     "TOKENIZER_PATH": "data.tokenizer_path",
@@ -216,6 +218,7 @@ ALIASES: dict[str, str | Alias] = {
     "SMEAR": gate("model.embed.smear"),
     "NTK_REFERENCE": "model.attn.rope.ntk_reference",
     "SKIP_GATED": "model.plan.skips.gated",
+    "SKIP_GATES_ENABLED": "model.plan.skips.gated",  # PR #1218's name for the same formula
     "RESID_LAMBDAS": _modes("model.wiring.resid_lambdas", "frozen", {"learned": "false", "frozen": "true"}),
 }
 
@@ -265,9 +268,7 @@ def recognise(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
         elif bare != name:
             complaints.append(f"{name} is not a variable of pgolf{tree.did_you_mean(bare, KNOWN)}")
         elif meant := misspelt(name):
-            complaints.append(
-                f"{name}={text} is no variable of pgolf; did you mean {meant}? If it is not ours, unset it"
-            )
+            complaints.append(f"{name} is no variable of pgolf; did you mean {meant}? If it is foreign, unset it")
     return found, complaints
 
 

@@ -279,9 +279,6 @@ class _Console:
             write()
         except (OSError, ValueError) as err:  # ValueError: the stream was closed
             self._dead = True
-            if self._stream is sys.stdout:  # Python flushes it once more at exit, and would end with status 120
-                with suppress(OSError, ValueError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _warn(f"the console cannot be written ({err}); the run goes on, train.log has everything")
 
 

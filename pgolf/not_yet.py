@@ -42,7 +42,6 @@ NOT_YET: dict[str, Missing] = {
     **_missing("depth recurrence", "RECUR_LAYERS", off=("", "0")),
     **_missing("two residual lanes", "PARALLEL_RESIDUAL PARALLEL_START_LAYER PARALLEL_RESIDUAL_START", off=("0", "-1")),
     **_missing("case-folded (CaseOps) data", "CASEOPS_ENABLED"),
-    **_missing("the later records' skip gates (SKIP_GATED=1 has a relative of them)", "SKIP_GATES_ENABLED"),
     **_missing("an input-dependent smear gate (SMEAR=1 has the plain one)", "SMEAR_GATE_ENABLED SMEAR_GATE_BOS_FIX"),
     **_missing("logits with two caps", "ASYM_LOGIT_RESCALE"),
     **_missing("one QK gain per layer", "QK_GAIN_INIT_SCHEDULE", off=("",)),

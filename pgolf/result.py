@@ -11,7 +11,7 @@ from typing import Any
 
 from pgolf.errors import NumericalError, PgolfError, SetupError
 
-LIMIT = 16_000_000  # bytes of artifact and code together; decimal, as the challenge counts
+LIMIT = 16_000_000  # bytes, decimal; repeats pgolf.artifact.budget.LIMIT, which a leaf may not import
 
 # A value may be None where a run has none (val_bpb_sliding without a sliding pass); the key may not be missing.
 REQUIRED = (
@@ -75,7 +75,7 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     ]
     lines += ["Bits per byte", *_score_lines(result), "Bytes", *_byte_lines(result)]
     if result.get("ledger"):
-        from pgolf.dist import ledger_lines  # lazy: it brings torch, which reading a result does not need
+        from pgolf.dist import ledger_lines  # lazy: it brings torch, which writing a result does not need
 
         lines += ["Time", *("  " + line for line in ledger_lines(result["ledger"]))]
     return lines

@@ -56,7 +56,7 @@ class TrainConfig:
 class RunConfig:
     """One run, completely. `pgolf.config.digest` identifies it."""
 
-    preset: str = ""
+    preset: str = ""  # the system that the run starts from
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

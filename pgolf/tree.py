@@ -243,8 +243,8 @@ def docs(cls: type) -> dict[str, str]:
 
 
 def doc_of(node: Node) -> str:
-    """The line about one setting; for a section without one, the first line of its class's docstring."""
-    text = docs(node.owner).get(node.path.rsplit(".", 1)[-1], "")
-    if not text and node.is_section:
-        text = (node.kind.__doc__ or "").split("\n", 1)[0]
-    return "" if text.startswith(f"{getattr(node.kind, '__name__', '')}(") else text
+    """The line about one setting; for a section the first line of its class's docstring, if it has one."""
+    text = (node.kind.__doc__ or "").split("\n", 1)[0] if node.is_section else ""
+    if not text or text.startswith(f"{node.kind.__name__}("):  # the docstring that dataclasses make up
+        text = docs(node.owner).get(node.path.rsplit(".", 1)[-1], "")
+    return text

@@ -13,12 +13,12 @@ LAYERS = [
     {"model"},
     {"quant", "optim", "eval"},
     {"artifact"},
-    {"config", "aliases", "presets"},
+    {"config", "schema", "aliases", "not_yet", "presets"},
     {"phases", "finish"},
     {"train"},
     {"cli", "lab"},
 ]
-LEAVES = {"data", "dist", "log", "errors", "result", "runtime"}
+LEAVES = {"data", "dist", "log", "errors", "result", "runtime", "tree"}
 READS_ENVIRON = {"pgolf/config.py", "pgolf/dist.py", "pgolf/cli.py"}
 # name: reason. Everything else keeps the caps.
 LONG_FILES: dict[str, str] = {}

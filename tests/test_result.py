@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pgolf.errors import NumericalError, PgolfError, SetupError
-from pgolf.result import REQUIRED, plot_curves, print_result, result_lines, write_result
+from pgolf.result import LIMIT, REQUIRED, plot_curves, print_result, result_lines, write_result
 
 RESULT = {
     "preset": "cpu", "seed": 1337, "world_size": 1, "device": "cpu", "parameters": 1234567, "steps": 400,
@@ -99,6 +99,12 @@ def test_no_matplotlib_no_events_no_file_are_one_line_each(tmp_path, monkeypatch
     assert plot_curves(tmp_path / "events.jsonl", tmp_path / "a.png", said.append) is None
     assert len(said) == 3 and "pip install matplotlib" in said[2] and "has no steps" in said[1]
     assert not (tmp_path / "a.png").exists()
+
+
+def test_the_limit_is_the_budgets():
+    from pgolf.artifact import budget
+
+    assert LIMIT == budget.LIMIT == 16_000_000
 
 
 def test_importing_it_is_light():

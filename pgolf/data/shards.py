@@ -8,6 +8,7 @@ The format is the one of the challenge and of modded-nanogpt.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 from pathlib import Path
 
@@ -152,6 +153,15 @@ def check_split(folder: str | Path, split: str, vocab_size: int) -> list[Path]:
     for path in {files[0], files[-1]}:
         scan_ids(path, vocab_size)
     return files
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_synced(path: Path, *parts: bytes) -> None:

@@ -25,7 +25,7 @@ def sentencepiece():
     try:
         import sentencepiece
     except ImportError as err:
-        raise SetupError("the tokenizer needs sentencepiece, which is not installed\nfix: pip install sentencepiece") from err
+        raise SetupError("the tokenizer needs sentencepiece, not installed\nfix: pip install sentencepiece") from err
     return sentencepiece
 
 
@@ -49,7 +49,7 @@ def load_tokenizer(path: str | Path, vocab_size: int):
         ) from err
     if pieces != vocab_size:
         raise DataError(
-            f"vocabulary sizes differ: {pieces} pieces in the tokenizer {path}, {vocab_size} in model.embed.vocab_size\n"
+            f"vocabulary sizes differ: {pieces} pieces in tokenizer {path}, {vocab_size} in model.embed.vocab_size\n"
             f"fix: set model.embed.vocab_size={pieces} (VOCAB_SIZE), or give the tokenizer of the shards"
         )
     return processor

@@ -236,6 +236,8 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         out = []
+        if self.attn.num_heads < 1:
+            return out  # attn says so, and nothing below can be computed
         if self.dim % self.attn.num_heads or self.head_dim % 2:
             out.append(f"dim={self.dim} must be an even multiple of attn.num_heads={self.attn.num_heads}")
         if self.attn.rope.dims > self.head_dim:

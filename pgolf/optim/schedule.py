@@ -62,14 +62,14 @@ def linear(cfg: ScheduleConfig, at: Progress) -> float:
 
     With a cap the steps left are guessed as (time left) / (mean step time), and `iterations` plays no part. A run
     with fewer than warmdown_iters steps is therefore in its warmdown from the start: 276 steps at 1200 begin at 0.23.
-    Up to step `ignore_first_steps` the scale is 1, because slow first steps inflate the mean (PR #401 met a full
-    warmdown at step 2), unless half of the cap has passed: such a run is really short.
+    For the first `ignore_first_steps` steps the scale is 1, because slow first steps inflate the mean (PR #401 met a
+    full warmdown at step 2), unless half of the cap has passed: such a run is really short.
     """
     if cfg.warmdown_iters <= 0:
         return 1.0
     if at.cap_ms is None:
         return min(max(at.iterations - at.step, 0) / cfg.warmdown_iters, 1.0)
-    if at.step <= cfg.ignore_first_steps and at.elapsed_ms < at.cap_ms / 2:
+    if at.step < cfg.ignore_first_steps and at.elapsed_ms < at.cap_ms / 2:
         return 1.0
     left_ms, warmdown_ms = max(at.cap_ms - at.elapsed_ms, 0.0), cfg.warmdown_iters * at.mean_step_ms
     return left_ms / warmdown_ms if left_ms <= warmdown_ms else 1.0

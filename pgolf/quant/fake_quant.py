@@ -1,7 +1,7 @@
 """Late quantisation-aware training: puts the export's int6 grid into the forward pass, gradients straight through.
 
-It works by filling the `quant` slot of linear layers. A module that appears is visible to torch.compile; a flag that flips
-is not reliably so, and several of the challenge's records trained with late QAT that never ran for that reason (#421, #586).
+It fills the `quant` slot of linear layers. A module that appears is visible to torch.compile; a flag that flips is not
+reliably so: several of the challenge's entries trained with late QAT that never ran for that reason (PR #421, #586).
 """
 
 from __future__ import annotations

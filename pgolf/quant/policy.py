@@ -52,7 +52,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Kind:
-    """`encode(w, cfg)` gives the parts, `decode(parts, shape)` the fp32 tensor, `expect(shape)` {part: (dtype, shape)}."""
+    """`encode(w, cfg)` -> parts, `decode(parts, shape)` -> fp32 tensor, `expect(shape)` -> {part: (dtype, shape)}."""
 
     encode: Callable[[Tensor, QuantConfig], dict[str, np.ndarray]]
     decode: Callable[[dict[str, np.ndarray], tuple[int, ...]], Tensor]
@@ -124,7 +124,7 @@ def _int6(w: Tensor, cfg: QuantConfig) -> dict[str, np.ndarray]:
 
 
 def _int8(w: Tensor, cfg: QuantConfig) -> dict[str, np.ndarray]:
-    """The challenge baseline's int8: clip at a quantile of the row (linear interpolation), then 127 steps to the clip."""
+    """The challenge baseline's int8: a row's clip is a quantile of |w| (linear interpolation) and 127 steps long."""
     rows = _as_rows(w)
     chunk = max(1, QUANTILE_LIMIT // rows.shape[1])
     clip = torch.cat([r.abs().quantile(cfg.int8_clip, dim=1) for r in rows.split(chunk)])
@@ -148,7 +148,7 @@ def _scaled(parts: dict[str, np.ndarray], shape: tuple[int, ...]) -> Tensor:
 
 
 def _plain(parts: dict[str, np.ndarray], shape: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(parts["value"]).float()
+    return torch.from_numpy(parts["value"]).to(torch.float32, copy=True)
 
 
 def _expect_scaled(shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -159,5 +159,5 @@ KINDS = {
     "int6": Kind(_int6, _scaled, _expect_scaled),
     "int8": Kind(_int8, _scaled, _expect_scaled),
     "fp16": Kind(_fp16, _plain, lambda shape: {"value": ("float16", shape)}),
-    "float": Kind(lambda w, cfg: {"value": w.numpy()}, _plain, lambda shape: {"value": ("float32", shape)}),
+    "float": Kind(lambda w, cfg: {"value": w.numpy().copy()}, _plain, lambda shape: {"value": ("float32", shape)}),
 }

@@ -135,6 +135,8 @@ def test_slow_first_steps_do_not_switch_the_warmdown_on():
 
 
 def test_a_run_shorter_than_the_ignored_steps_still_warms_down():
+    long = simulate(ScheduleConfig(warmdown_iters=200), [100.0] * 100, 10e3)  # in its warmdown from the start
+    assert long[:10] == [1.0] * 10 and long[10] == pytest.approx(90 / 200)
     scales = simulate(ScheduleConfig(warmdown_iters=4), [100.0] * 8, 800.0)
     assert scales == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
 

@@ -146,6 +146,17 @@ def test_adamw_first_step_is_the_textbook_one():
     np.testing.assert_allclose(model.head.detach(), head - 0.004 * hg / (np.abs(hg) + 1e-8), rtol=1e-5, atol=1e-7)
 
 
+def test_settings_reach_torch():
+    cfg = replace(CFG, muon=replace(CFG.muon, ns_steps=3), adamw=AdamWConfig(beta1=0.8, beta2=0.7, eps=1e-5))
+    _, optimizers = make(replace(cfg, adamw=replace(cfg.adamw, weight_decay=0.2)))
+    muon, adamw = (optimizers.optimizers[kind].param_groups for kind in ("muon", "adamw"))
+    assert all(g["weight_decay"] == 0.04 and g["ns_steps"] == 3 for g in muon)
+    assert all(g["betas"] == (0.8, 0.7) and g["eps"] == 1e-5 and g["fused"] for g in adamw)
+    decays = dict(zip([g.name for g in optimizers.groups if g.kind == "adamw"], adamw, strict=True))
+    undecayed = {name for name, g in decays.items() if g["weight_decay"] == 0.0}
+    assert undecayed == {"adamw.head", "adamw.resid_lambda"} and decays["adamw.embed"]["weight_decay"] == 0.2
+
+
 @pytest.mark.parametrize("norm", [0.3, 1e6])
 def test_clip_equals_torch(norm):
     model, optimizers = make()

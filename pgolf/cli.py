@@ -1,0 +1,137 @@
+"""The command line of `train_gpt.py`: help, description, errors as messages with exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pgolf
+from pgolf import aliases, config, errors, tree
+from pgolf.config import NODES, RunConfig
+from pgolf.errors import ConfigError, PgolfError
+from pgolf.presets import PRESETS, one_liner
+
+FLAGS = {
+    "--help": "this text",
+    "--describe": "print the configuration, the layer plan and the parameter count as one JSON object; train nothing",
+    "--debug": "show tracebacks",
+    "--version": "print the version",
+}
+INTERRUPTED = 130
+# Shown by --help, in this order; docs/levers.md has all of them.
+MOST_USED = (
+    "SEED", "ITERATIONS", "MAX_WALLCLOCK_SECONDS", "DATA_PATH", "TOKENIZER_PATH", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN",
+    "LOADER_MODE", "VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT", "ACT",
+    "TIE_EMBEDDINGS", "ROPE_DIMS", "LN_SCALE", "XSA_LAST_N", "BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "SMEAR", "VE_ENABLED",
+    "VE_LAYERS", "MATRIX_LR", "SCALAR_LR", "TIED_EMBED_LR", "MUON_WD", "ADAM_WD", "GRAD_CLIP_NORM", "WARMDOWN_ITERS",
+    "EMA_ENABLED", "EMA_DECAY", "SWA_ENABLED", "LATE_QAT_THRESHOLD", "COMPRESSOR", "EVAL_STRIDE", "KERNELS", "DEVICE",
+    "COMPILE_ENABLED", "OUT_DIR", "RUN_ID",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
+    """Runs the command line and returns the process's exit code. Defaults: this process's arguments and environment."""
+    argv = sys.argv[1:] if argv is None else argv
+    environ = config.process_environment() if environ is None else environ
+    try:
+        return _main([a for a in argv if a != "--debug"], environ)
+    except PgolfError as err:
+        if "--debug" in argv:
+            traceback.print_exc()
+        # every rank finds the same fault in the settings: one of them says so
+        if not isinstance(err, ConfigError) or environ.get("RANK", "0") in ("", "0"):
+            print(f"error: {err}", file=sys.stderr)
+        return err.exit_code
+    except KeyboardInterrupt:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    flags = [a for a in argv if a.startswith("-") and a != "-h"]
+    if "-h" in argv or "--help" in flags:
+        print(help_text())
+        return 0
+    if "--version" in flags:
+        print(pgolf.__version__)
+        return 0
+    for flag in flags:
+        if flag not in FLAGS:
+            raise ConfigError(_unknown_flag(flag))
+    settings = config.load([a for a in argv if a not in flags], environ)
+    if "--describe" in flags:
+        print(json.dumps(config.describe(settings, model_facts), indent=2))
+        return 0
+    from pgolf.train import run  # imports torch
+
+    run(settings)
+    return 0
+
+
+def _unknown_flag(flag: str) -> str:
+    name = flag.lstrip("-").partition("=")[0]
+    if flag.partition("=")[0] not in FLAGS and (name in NODES or tree.nearest(name, NODES)):
+        like = name if name in NODES else tree.nearest(name, NODES)[0]
+        if not tree.nearest(flag, FLAGS):
+            return f"{flag} is not an option; settings are written without dashes, path=value: {like}=..."
+    return f"{flag} is not an option{tree.did_you_mean(flag, FLAGS)}. There are: {', '.join(FLAGS)}"
+
+
+def model_facts(run: RunConfig) -> dict[str, Any]:
+    """{"plan": one row a layer visit, "parameters": exact count}, from a model without storage."""
+    import torch
+
+    from pgolf.model.gpt import GPT
+
+    with torch.device("meta"):
+        model = GPT(run.model, train_length=run.data.seq_len)
+    return {"plan": [asdict(step) for step in model.plan], "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def help_text() -> str:
+    """What --help prints; generated from the settings tree, so it cannot be out of date."""
+    lines = [
+        "Trains a tiny language model, packs it, and scores what it unpacks.",
+        "",
+        "usage: [NAME=value ...] python train_gpt.py [path=value ...] [options]",
+        "       [NAME=value ...] torchrun --standalone --nproc_per_node=8 train_gpt.py [path=value ...]",
+        "",
+        "options:",
+        *(f"  {flag:12}{text}" for flag, text in FLAGS.items()),
+        "",
+        "presets (PRESET=name; without it rat_rod_green on a GPU, else cpu):",
+        *(f"  {name:17}{one_liner(name)}" for name in PRESETS),
+        "",
+        "the most used variables (0 switches an optional part off; defaults are those of the plain tree, presets differ):",
+        *(_variable_line(name) for name in MOST_USED),
+        "  every other lever of the public training scripts works too: docs/levers.md",
+        "",
+        "overrides: the same settings by path, after the command; they win over variables and preset:",
+        "  python train_gpt.py optim.muon.lr=0.03 model.embed.smear=none model.attn.value_embed=on",
+        "",
+        "exit codes:",
+        *(f"  {code:<5}{text}" for code, text in exit_codes().items()),
+    ]
+    return "\n".join(lines)
+
+
+def _variable_line(name: str) -> str:
+    alias = aliases.alias(name)
+    node = NODES[alias.paths[1 if alias.switch and len(alias.paths) > 1 else 0]]
+    kind = "1 or 0" if node.is_switch else tree.type_name(node).partition(",")[0]
+    default = "off" if alias.switch else config.show(node.default) or "-"
+    doc = config.doc(node.path).partition(";")[0]
+    return f"  {name:22}{kind:8}{default:12}{node.path}{': ' if doc else ''}{doc}"
+
+
+def exit_codes() -> dict[int, str]:
+    """Every exit code and what it means."""
+    classes = [PgolfError, *PgolfError.__subclasses__()]
+    known = {c.exit_code: f"{c.__name__}: {(c.__doc__ or '').splitlines()[0]}" for c in classes if c is not PgolfError}
+    return {0: "success", errors.PgolfError.exit_code: "any other error", **known, INTERRUPTED: "interrupted (Ctrl-C)"}
