@@ -250,7 +250,7 @@ def schedule_kind(flags: Mapping[str, str], current: str) -> tuple[str, str] | N
 
 KNOWN = ("PRESET", *ALIASES, *SCHEDULE_FLAGS, *NOT_YET, *INERT)
 # Foreign names that look like ours: a build image's KERNEL is no typo of KERNELS.
-FOREIGN = {"KERNEL", "DEVICES", "CUDA_DEVICE", "VOCAB_FILE", "COMPILER", "DATAPATH", "WARMUP_STEP"}
+FOREIGN = {"KERNEL", "DEVICES"}
 
 
 def recognise(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -262,7 +262,7 @@ def recognise(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     found, complaints = {}, []
     for name, text in sorted(environ.items(), key=lambda item: item[0].startswith("PGOLF_")):
         bare = name.removeprefix("PGOLF_")
-        if bare in KNOWN or (family_of(bare) and bare not in FOREIGN):
+        if bare in KNOWN or (family_of(bare) and not misspelt(bare)):
             if text.strip():
                 found[bare] = text.strip()
         elif bare != name:
@@ -281,7 +281,7 @@ def misspelt(name: str) -> str:
     best, best_ratio = "", 0.87
     for known in KNOWN:
         # five letters at least: SPEED is 0.89 of SEED
-        if len(known) < 5 or abs(len(known) - len(upper)) > 2:
+        if len(known) < 5 or abs(len(known) - len(upper)) > 3:
             continue
         matcher.set_seq1(known)
         if matcher.quick_ratio() >= best_ratio and (ratio := matcher.ratio()) >= best_ratio:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pgolf import aliases, tree
 from pgolf.errors import ConfigError
@@ -85,8 +85,11 @@ def load(
     variables, complaints = aliases.recognise(process_environment() if environ is None else environ)
     name, source, notes = _choose_preset(dict(overrides), variables, has_gpu)
     work = _Load(name, source, notes, complaints)
-    work.take_environment(variables)
-    work.take_overrides(overrides)
+    work.errors += [_unknown(path) for path, _ in overrides if path not in NODES]
+    arguments = [Row(p, text, "override", f"{p}={text}") for p, text in overrides if p in NODES and p != "preset"]
+    work.take_schedule(variables)
+    work.apply([*work.rows_of(variables), *arguments])
+    work.take_foreign(variables)
     work.fit_depth()
     return work.finish()
 
@@ -118,6 +121,15 @@ def _choose_preset(
     return name, source, notes
 
 
+class Row(NamedTuple):
+    """One value to set: where, its text, "environment VAR" or "override", and what the user typed."""
+
+    path: str
+    text: str
+    source: str
+    typed: str
+
+
 class _Load:
     """The configuration while it is being put together."""
 
@@ -143,8 +155,8 @@ class _Load:
         self.config = tree.put(self.config, path, value)
         self.chosen[path] = (source, typed)
 
-    def take_environment(self, variables: Mapping[str, str]) -> None:
-        rows = []
+    def rows_of(self, variables: Mapping[str, str]) -> Iterator[Row]:
+        """What the environment sets, in the table's order."""
         for name in [n for n in aliases.ALIASES if n in variables]:
             typed = f"{name}={variables[name]}"
             try:
@@ -152,16 +164,20 @@ class _Load:
             except ValueError as err:
                 self.errors.append(f"{typed} {err}")
                 continue
-            rows += [(path, text, name, typed) for path, text in pairs]
-        self._take_schedule(variables)
-        for path, text, name, typed in sorted(rows, key=lambda row: not NODES[row[0]].is_switch):
-            if off := self.is_off(path):
-                self.notes.append(f"{typed} has no effect: {off} is off ({how_to_turn_on(off)})")
-            else:
-                self.assign(path, text, f"environment {name}", typed)
-        self._take_foreign(variables)
+            yield from (Row(path, text, f"environment {name}", typed) for path, text in pairs)
 
-    def _take_schedule(self, variables: Mapping[str, str]) -> None:
+    def apply(self, rows: list[Row]) -> None:
+        """Later rows win; switches come first, so that a section may be turned on anywhere."""
+        for path, text, source, typed in sorted(rows, key=lambda row: not NODES[row.path].is_switch):
+            off = self.is_off(path)
+            if not off:
+                self.assign(path, text, source, typed)
+            elif source == "override":
+                self.errors.append(f"{typed}: {off} is off; add {off}=on first")
+            else:
+                self.notes.append(f"{typed} has no effect: {off} is off ({how_to_turn_on(off)})")
+
+    def take_schedule(self, variables: Mapping[str, str]) -> None:
         try:
             decided = aliases.schedule_kind(variables, self.start.schedule.kind)
         except ValueError as err:
@@ -174,7 +190,7 @@ class _Load:
                 if other != flag and other in variables and tree.parse_bool(variables[other]):
                     self.notes.append(f"{other}={variables[other]} has no effect: {flag} comes first")
 
-    def _take_foreign(self, variables: Mapping[str, str]) -> None:
+    def take_foreign(self, variables: Mapping[str, str]) -> None:
         """Levers that pgolf does not have: an error if they change training, else one note a lever."""
         ignored: dict[str, list[str]] = {}
         for name, text in variables.items():
@@ -190,27 +206,19 @@ class _Load:
                     ignored.setdefault(lever.what, []).append(typed)
         self.notes += [f"ignored: {', '.join(typed)} (pgolf does not have {what})" for what, typed in ignored.items()]
 
-    def take_overrides(self, overrides: list[tuple[str, str]]) -> None:
-        for path, _ in overrides:
-            if path not in NODES:
-                self.errors.append(_unknown(path))
-        known = [(p, t) for p, t in overrides if p in NODES and p != "preset"]
-        for path, text in sorted(known, key=lambda row: not NODES[row[0]].is_switch):
-            if off := self.is_off(path):
-                self.errors.append(f"{path}={text}: {off} is off; add {off}=on first")
-            else:
-                self.assign(path, text, "override", f"{path}={text}")
-
     def fit_depth(self) -> None:
         """Layer numbers that nobody asked for follow a shallower model, counted from its end; asked for, they fail."""
         last = self.config.model.plan.num_layers - 1
+        xsa = "model.attn.xsa.last_n"
         fits: dict[str, Callable[[Any], Any]] = {
-            "model.attn.xsa.last_n": lambda n: min(n, last + 1),
+            xsa: lambda n: min(n, last + 1),
             "model.attn.value_embed.layers": lambda ls: tuple(sorted({max(i - max(*ls, last) + last, 0) for i in ls})),
             "model.wiring.backout.layer": lambda i: min(i, last),
         }
         for path, fit in fits.items():
-            if last < 0 or path in self.chosen or self.is_off(path):
+            source = self.chosen.get(path, ("",))[0]
+            # the public scripts take XSA_LAST_N=11 on 9 layers as "all of them"
+            if last < 0 or self.is_off(path) or (source and not (path == xsa and source.startswith("environment"))):
                 continue
             old = tree.get(self.config, path)
             if (new := fit(old)) != old:
@@ -248,7 +256,9 @@ def show(value: Any) -> str:
     """A value as users write it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return {None: "none", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, float | int) or isinstance(value, bool) else str(value)
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def _unknown(path: str) -> str:

@@ -122,6 +122,9 @@ def gather(trainer: Trainer, floats: EvalResult, packed: EvalResult, slid: EvalR
         "val_bpb_sliding": slid.val_bpb if slid else None,
         "subset": packed.subset,
         "subset_sliding": slid.subset if slid else None,
-        **report.to_dict(),
+        "artifact_bytes": report.artifact_bytes,
+        "code_bytes": report.code_bytes,
+        "total_bytes": report.total_bytes,
+        "bytes_by_group": {name: size for name, size in report.items.items() if name != "code"},
         "ledger": ledger.to_dict(),
     }

@@ -215,8 +215,10 @@ def _value(node: Node, value: Any, prefix: str) -> Any:
 
 def nearest(name: str, names: Any, count: int = 3) -> list[str]:
     """Up to `count` of `names` that `name` may have meant: those that end in it, else the most similar."""
-    tails = [n for n in names if n.endswith("." + name)]
-    return (tails or get_close_matches(name, list(names), count, 0.6))[:count]
+    if tails := [n for n in names if n.endswith("." + name)]:
+        return tails[:count]
+    as_deep = [n for n in names if n.count(".") == name.count(".")]
+    return get_close_matches(name, as_deep, count, 0.7) or get_close_matches(name, list(names), count, 0.6)
 
 
 def did_you_mean(name: str, names: Any) -> str:

@@ -1,7 +1,10 @@
 """Shared by all tests: the repository on the path, two CPU threads at most, small models."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as pgolf/cli.py does; read when torch loads
 
 import pytest
 import torch

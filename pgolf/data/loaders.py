@@ -101,8 +101,8 @@ class SequentialLoader(Loader):
     """One cursor over the shards end to end, round and round; nothing is shuffled, documents are not looked at.
 
     Slice k of the stream is tokens [k (n+1), (k+1) (n+1)), n = rows * T, the last of them only a target. Micro-batch m
-    of rank r is slice m W + r, so a step takes the same slices for every W that leaves W * A unchanged. (Baseline of the
-    challenge.)
+    of rank r is slice m W + r, so a step takes the same slices for every W that leaves W * A unchanged. (The
+    challenge's baseline.)
     """
 
     def reset(self) -> None:
@@ -132,7 +132,7 @@ class CoprimeALoader(Loader):
 
     Each shard is cut into blocks of T tokens from a random phase on and walked with a random stride that is coprime
     with their number, so every block comes once before the shard is cut anew. A micro-batch draws from 8 shards at
-    first and from 8 per rank (at least 32) later. All ranks draw the same windows; rank r keeps those numbered r, r+W...
+    first and from 8 per rank (at least 32) later. All ranks draw the same windows; rank r keeps every W-th.
 
     The generator is seeded by a hash of the paths as given, not by the run's seed, as published: to change the order of
     the data change the folder's name.
@@ -155,9 +155,13 @@ class CoprimeALoader(Loader):
         self._rng.bit_generator.state = self._state["rng"]
 
     def _path_hash(self) -> int:
-        """FNV's prime, but offset basis 0, over the bytes of all paths."""
+        """FNV's prime, but offset basis 0, over the bytes of all paths.
+
+        Over the names alone for the embedded corpus: where a user's cache lies must not change the order of the data.
+        """
         value = 0
-        for byte in "".join(map(str, self.files)).encode():
+        paths = self.files if self.config.path else [f.name for f in self.files]
+        for byte in "".join(map(str, paths)).encode():
             value = ((value ^ byte) * 1099511628211) % 2**64
         return value
 
@@ -207,9 +211,7 @@ class CoprimeALoader(Loader):
         while len(out) < count:
             if s["next"][shard] >= s["blocks"][shard]:
                 self._restart(shard)
-            phase, blocks, done, start, stride = (
-                int(s[k][shard]) for k in ("phase", "blocks", "next", "start", "stride")
-            )
+            phase, blocks, done, start, stride = (s[k][shard] for k in ("phase", "blocks", "next", "start", "stride"))
             take = min(count - len(out), blocks - done)
             out += [(shard, phase + (start + (done + j) * stride) % blocks * self.seq_len) for j in range(take)]
             s["next"][shard] += take

@@ -1,4 +1,4 @@
-"""attach fills the slots of what the export stores as int6, and only those; the forward changes by exactly that grid."""
+"""attach fills the slots of what the export stores as int6, and no others; the forward changes by exactly that grid."""
 
 import torch
 import torch.nn.functional as F

@@ -1,0 +1,222 @@
+"""The bundle: right files, same behaviour in a clean interpreter, deterministic, self-reproducing."""
+
+import ast
+import glob
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from pgolf.artifact.bundle import ENTRY, bundle, closure, code_bytes, strip
+from pgolf.errors import ArtifactError
+
+FILES = {
+    "train_gpt.py": '''
+        """The entry."""
+        import sys  # comment
+        from pgolf.train import run
+
+        if __name__ == "__main__":
+            sys.exit(run(sys.argv[1:]))
+    ''',
+    "pgolf/__init__.py": '"""Package."""\n__version__ = "1"\n',
+    "pgolf/kernels.py": """
+        from pathlib import Path
+        __path__ = [str(Path(__file__).resolve().parent.parent / "kernels")]
+    """,
+    "pgolf/train.py": '''
+        from __future__ import annotations
+        import inspect
+        import multiprocessing
+        import os
+        from dataclasses import dataclass, fields
+        from . import leaf
+        from .sub.deep import VALUE
+
+        @dataclass(frozen=True)
+        class Config:
+            """Only a docstring and fields."""
+            lr: float = 0.1  # learning rate
+            text: str = "é \\\\0 # no comment 'quotes' \\"both\\""
+
+        class Empty(Exception):
+            """Nothing but a docstring."""
+
+        def nothing():
+            """Nothing but a docstring."""
+
+        def child(queue):
+            queue.put((os.getpid(), VALUE))
+
+        def run(argv):
+            """Lazy imports count too."""
+            import pgolf.kernels.op as op
+            from pgolf.kernels.other import other
+            print(argv, [f.name for f in fields(Config)], Config(), VALUE, leaf.NAME, nothing())
+            print(op.op(3), other(4), "def op" in inspect.getsource(op.op))  # Triton reads sources like this
+            if "--spawn" in argv:
+                ctx = multiprocessing.get_context("spawn")
+                queue = ctx.Queue()
+                p = ctx.Process(target=child, args=(queue,))
+                p.start()
+                print("child", queue.get(timeout=60)[1])
+                p.join()
+            if "--fork" in argv and os.fork() == 0:
+                return 0  # through atexit
+            if "--fork" in argv:
+                os.wait()
+                from pgolf import late
+                print("late", late.X)
+            if "--fail" in argv:
+                raise Empty("failed")
+            return 3 if "--three" in argv else 0
+    ''',
+    "pgolf/leaf.py": 'NAME = "leaf"\n',
+    "pgolf/late.py": "X = 1\n",
+    "pgolf/sub/__init__.py": "",
+    "pgolf/sub/deep.py": "from ..leaf import NAME\nVALUE = NAME + '!'\n",
+    "pgolf/unused.py": "SECRET = 'never shipped'\n",
+    "pgolf/lab/__init__.py": "",
+    "kernels/op.py": '''
+        """Contract."""
+        from .other import other
+        def op(x: int) -> int:
+            """Doc."""
+            return other(x) + 1  # why
+    ''',
+    "kernels/other.py": "def other(x):\n    return x * 10\n",
+    "kernels/spare.py": "SECRET = 1\n",
+}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name, text in FILES.items():
+        path = tmp_path / "src" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+    return tmp_path / "src"
+
+
+def run(script, *args, cwd, temp):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"TMPDIR": str(temp)}
+    return subprocess.run(
+        [sys.executable, str(script), *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+def written(tree, tmp_path):
+    path = tmp_path / "elsewhere" / "bundle.py"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(bundle(tree / "train_gpt.py"))
+    return path
+
+
+def test_closure_is_what_is_imported(tree):
+    names = {p.relative_to(tree).as_posix() for p in closure(tree / "train_gpt.py")}
+    assert names == FILES.keys() - {"pgolf/unused.py", "pgolf/lab/__init__.py", "kernels/spare.py"}
+
+
+@pytest.mark.parametrize("args", [(), ("a", "b c"), ("--three",), ("--fork",), ("--spawn",), ("--fail",)])
+def test_bundle_runs_like_the_package_and_leaves_nothing(tree, tmp_path, args):
+    temp = tmp_path / "temp"
+    temp.mkdir()
+    path = written(tree, tmp_path)
+    plain = run(tree / "train_gpt.py", *args, cwd=tree, temp=temp)
+    packed = run(path, *args, cwd=path.parent, temp=temp)
+    assert (packed.returncode, packed.stdout) == (plain.returncode, plain.stdout), packed.stderr
+    assert plain.stdout and ("failed" in packed.stderr) == ("--fail" in args)
+    assert list(temp.iterdir()) == [] and list(path.parent.iterdir()) == [path]
+
+
+def test_two_processes_at_once_do_not_disturb_each_other(tree, tmp_path):
+    path = written(tree, tmp_path)
+    both = [subprocess.Popen([sys.executable, str(path), str(i)], stdout=subprocess.PIPE) for i in range(2)]
+    outs = [p.communicate(timeout=60)[0].decode() for p in both]
+    assert [p.returncode for p in both] == [0, 0] and "['0']" in outs[0] and "['1']" in outs[1]
+
+
+def test_bytes_are_deterministic_and_independent_of_place_time_and_comments(tree, tmp_path):
+    first = bundle(tree / "train_gpt.py")
+    other = tmp_path / "other"
+    tree.rename(other)
+    (other / "pgolf/leaf.py").write_text('"""New docstring."""\n# new comment\n\n\nNAME = "leaf"\n')
+    os.utime(other / "kernels/op.py", (0, 0))
+    assert bundle(other / "train_gpt.py") == first
+    (other / "pgolf/leaf.py").write_text('NAME = "another"\n')
+    assert bundle(other / "train_gpt.py") != first
+    assert code_bytes(other / "train_gpt.py") == len(bundle(other / "train_gpt.py"))
+
+
+def test_overhead_is_a_few_hundred_bytes_and_unneeded_text_is_not_shipped(tree, tmp_path):
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e/train_gpt.py").write_text("pass\n")
+    assert len(bundle(tmp_path / "e/train_gpt.py")) < 800
+    before = code_bytes(tree / "train_gpt.py")
+    (tree / "pgolf/leaf.py").write_text(FILES["pgolf/leaf.py"] + "# " + "long comment " * 500)
+    assert code_bytes(tree / "train_gpt.py") == before
+
+
+def test_bundling_from_a_bundle_gives_the_same_bytes(tree, tmp_path):
+    """A run from the bundle counts its own code; it must come to the size of the bundle itself."""
+    first = bundle(tree / "train_gpt.py")
+    for path in closure(tree / "train_gpt.py"):
+        path.write_text(strip(path), encoding="utf-8")
+    assert bundle(tree / "train_gpt.py") == first
+
+
+def undocumented(tree):
+    """The same tree without docstrings, by another route than the bundler's: dump with each docstring cut out."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and body:
+            first = body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and type(first.value.value) is str:
+                node.body = body[1:]
+            node.body = [n for n in node.body if not isinstance(n, ast.Pass)]
+    return ast.dump(tree)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_stripping_keeps_the_syntax_tree(tree, name):
+    source = (tree / name).read_text(encoding="utf-8")
+    assert undocumented(ast.parse(strip(tree / name))) == undocumented(ast.parse(source))
+
+
+def test_stripping_keeps_every_file_of_this_repository(root):
+    for path in [*root.glob("pgolf/**/*.py"), *root.glob("kernels/*.py")]:
+        text = strip(path)
+        assert undocumented(ast.parse(text)) == undocumented(ast.parse(path.read_text(encoding="utf-8")))
+        assert ast.get_docstring(ast.parse(text)) is None
+
+
+def test_missing_module_and_broken_file_are_named(tree):
+    (tree / "pgolf/leaf.py").write_text("def lazy():\n    from pgolf.gone import x\n")
+    with pytest.raises(ArtifactError, match=r"import pgolf\.gone"):
+        bundle(tree / "train_gpt.py")
+    (tree / "pgolf/leaf.py").write_text("def :\n")
+    with pytest.raises(ArtifactError, match=r"leaf\.py"):
+        bundle(tree / "train_gpt.py")
+    with pytest.raises(ArtifactError, match="cannot bundle"):
+        bundle(tree / "absent.py")
+
+
+@pytest.mark.slow
+def test_the_real_entry_describes_itself_from_its_bundle(tmp_path):
+    if not ENTRY.exists():
+        pytest.skip(f"{ENTRY.name} is not there yet")
+    path = tmp_path / "bundle.py"
+    path.write_bytes(bundle())
+    assert len(path.read_bytes()) == code_bytes()
+    plain = run(ENTRY, "--describe", cwd=ENTRY.parent, temp=tempfile.gettempdir())
+    packed = run(path, "--describe", cwd=tmp_path, temp=tmp_path)
+    assert (packed.returncode, packed.stdout) == (plain.returncode, plain.stdout), packed.stderr
+    assert plain.returncode == 0 and not glob.glob(f"{tmp_path}/pgolf-*")
+
+
+def test_entry_is_the_repositorys(root):
+    assert Path(root) / "train_gpt.py" == ENTRY
