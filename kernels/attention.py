@@ -25,7 +25,7 @@ def document_mask(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
 
 
 def exclude_own_value(o: Tensor, v: Tensor) -> Tensor:
-    """o (B, T, H, d) minus its projection on the position's value v (B, T, K, d). The view by KV head repeats nothing."""
+    """o (B, T, H, d) minus its projection on the position's value v (B, T, K, d). No repeat: a view by KV head."""
     b, t, h, d = o.shape
     unit = F.normalize(v, dim=-1, eps=1e-12)[:, :, :, None, :]  # (B, T, K, 1, d)
     grouped = o.view(b, t, v.shape[2], h // v.shape[2], d)

@@ -36,8 +36,8 @@ MOST_USED = (
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
     """Runs the command line and returns the process's exit code. Defaults: this process's arguments and environment."""
-    # A waiting OpenMP thread sleeps and does not spin. With another busy process on two cores a spinning run was more than
-    # 8 times slower (over 3 s a step of the cpu preset, 0.4 s asleep). libgomp reads this when torch is imported.
+    # A waiting OpenMP thread shall sleep, not spin: beside another busy process on two cores a spinning run took over
+    # 3 s for a step of the cpu preset, a sleeping one 0.4 s. libgomp reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv
     environ = config.process_environment() if environ is None else environ

@@ -14,6 +14,7 @@ from pgolf.artifact.bundle import bundle
 from pgolf.artifact.model_io import load_model, save_model
 from pgolf.config import RunConfig
 from pgolf.data.batch import Batch
+from pgolf.data.shards import write_synced
 from pgolf.eval.base import EvalResult, Evaluator, evaluate
 from pgolf.eval.windowed import PlainWindows, SlidingWindows
 from pgolf.model.gpt import GPT, parameter_count
@@ -45,13 +46,8 @@ def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
         floats = trainer.validate(plain_windows(cfg), limit=cfg.eval.max_tokens)
     label = f"{cfg.quant.matrix}_{cfg.quant.codec}_roundtrip"
     with log.phase("pack", ledger):
-        artifact = save_model(trainer.model, trainer.infos, cfg.quant, trainer.data.tokenizer_sha256) if dist.is_main else b""
-        artifact = dist.broadcast_object(artifact)
-        code = bundle() if dist.is_main else b""
-    if dist.is_main:
-        (run_dir / "model.pgolf").write_bytes(artifact)
-        (run_dir / "train_gpt_bundle.py").write_bytes(code)
-    report = budget.account(artifact, dist.broadcast_object(code))
+        artifact, code = dist.broadcast_object(write_submission(trainer, run_dir) if dist.is_main else None)
+    report = budget.account(artifact, code)
     log.sizes(report.artifact_bytes, report.code_bytes, f"{cfg.quant.matrix}+{cfg.quant.codec}")
     model = load_model(artifact, device=trainer.device, compute_dtype=trainer.runtime.compute_dtype)
     with log.phase("evaluate", ledger):
@@ -69,6 +65,15 @@ def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
     log.event("result", **facts)
     budget.check(report)
     return facts
+
+
+def write_submission(trainer: Trainer, run_dir: Path) -> tuple[bytes, bytes]:
+    """Writes the two files that count against the limit; returns their bytes: (artifact, code)."""
+    artifact = save_model(trainer.model, trainer.infos, trainer.cfg.quant, trainer.data.tokenizer_sha256)
+    code = bundle()
+    for name, data in (("model.pgolf", artifact), ("train_gpt_bundle.py", code)):
+        write_synced(run_dir / name, data)
+    return artifact, code
 
 
 def load_average(trainer: Trainer) -> str:

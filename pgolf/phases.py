@@ -23,7 +23,7 @@ class Phase:
 
 
 class Phases:
-    """The phases of a run. All decisions use the lr scale, which comes from rank 0's clock: ranks never decide alone."""
+    """The phases of a run. They go by the lr scale, which is rank 0's: ranks never decide alone."""
 
     def __init__(self, model: GPT, infos: list[ParamInfo], quant: QuantConfig):
         self.phases = []

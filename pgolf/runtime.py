@@ -1,5 +1,5 @@
-"""What this machine can do, and what follows from it: dtype, compilation, attention back end, kernel path, each with its
-reason. Chosen once, printed once, never changed behind the user's back."""
+"""What this machine can do, and what follows: dtype, compilation, attention back end, kernel path, each with a reason.
+Chosen once, printed once, never changed behind the user's back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class Runtime:
 def device_name(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} (sm_{''.join(map(str, torch.cuda.get_device_capability(device)))})"
+        return (
+            f"{torch.cuda.get_device_name(device)} (sm_{''.join(map(str, torch.cuda.get_device_capability(device)))})"
+        )
     return f"CPU, {torch.get_num_threads()} threads"
 
 
@@ -84,5 +86,5 @@ def _attention(device: torch.device) -> Choice:
 
 def _kernels(cuda: bool, asked: str) -> Choice:
     if asked == "triton":
-        raise SetupError("train.kernels=triton: the Triton bodies are not there yet; use train.kernels=reference or auto")
+        raise SetupError("train.kernels=triton: there are no Triton bodies yet; use train.kernels=reference or auto")
     return Choice("reference", "asked for" if asked == "reference" else "plain torch; the Triton bodies come next")

@@ -28,8 +28,8 @@ from pgolf.model.objective import Objective
 from pgolf.model.roles import roles_of
 from pgolf.optim.average import Averager
 from pgolf.optim.groups import build_groups
-from pgolf.optim.schedule import Progress, lr_scale
 from pgolf.optim.muon import momentum_at
+from pgolf.optim.schedule import Progress, lr_scale
 from pgolf.optim.step import Optimizers
 from pgolf.phases import Phases
 

@@ -1,5 +1,6 @@
 """The main path: one run from shards to a scored artifact, its files, its repeatability, its limits."""
 
+import itertools
 import json
 import math
 import os
@@ -142,7 +143,7 @@ def test_validation_targets_and_bytes_are_exact(shards):
     sp = load_tokenizer(shards / "tokenizer.model", VOCAB)
     by_table = int(ByteTable.from_sentencepiece(sp, VOCAB).count(tokens[:-1], tokens[1:]).sum())
     starts = [*np.flatnonzero(tokens == 1), len(tokens)]
-    texts = [sp.decode(tokens[a + 1 : b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+    texts = [sp.decode(tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(starts)]
     assert by_table == brute_force_bytes(sp, tokens) == sum(len(t.encode()) for t in texts)
 
 

@@ -1,4 +1,4 @@
-"""Opens the data of a run: user's shards, or the embedded corpus when no path is given. Checked before anything starts."""
+"""Opens the data of a run: the user's shards, or the embedded corpus without a path. All checked before the start."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pgolf.data import corpus, shards
 from pgolf.data.config import DataConfig
 from pgolf.data.tokenizer import ByteTable, load_tokenizer, prove_bytes
 from pgolf.errors import ConfigError, DataError
+
 
 @dataclass
 class Data:
@@ -40,13 +41,14 @@ def open_data(cfg: DataConfig, vocab_size: int, device: torch.device, progress: 
     if cfg.path:
         if not cfg.tokenizer_path:
             raise ConfigError(
-                f"DATA_PATH={cfg.path} comes without TOKENIZER_PATH: BPB needs the SentencePiece model that made the shards"
+                f"DATA_PATH={cfg.path} comes without TOKENIZER_PATH: bits per byte need the SentencePiece model"
+                " that made the shards; set TOKENIZER_PATH to its .model file"
             )
         folder, tokenizer_path, name = Path(cfg.path), Path(cfg.tokenizer_path), Path(cfg.path).name
         notes = []
     else:
         if cfg.tokenizer_path:
-            raise ConfigError("TOKENIZER_PATH without DATA_PATH: the embedded corpus brings its own tokenizer; set both")
+            raise ConfigError("TOKENIZER_PATH without DATA_PATH: the embedded corpus has its own tokenizer; set both")
         paths = corpus.build_or_load(cfg.cache_dir, vocab_size, progress)
         folder, tokenizer_path, name = paths.data_dir, paths.tokenizer_path, "embedded"
         notes = [f"data: embedded corpus (Python's standard library), {folder}; set DATA_PATH for your own shards"]
@@ -57,7 +59,10 @@ def open_data(cfg: DataConfig, vocab_size: int, device: torch.device, progress: 
     sp = load_tokenizer(tokenizer_path, vocab_size)
     val = np.concatenate([np.asarray(shards.open_shard(f)) for f in val_files])
     if len(val) < cfg.seq_len + 1:
-        raise DataError(f"{folder}: val split has {len(val)} tokens, one sequence needs seq_len + 1 = {cfg.seq_len + 1}")
+        raise DataError(
+            f"{folder}: the val split has {len(val)} tokens, one sequence needs data.seq_len + 1 = {cfg.seq_len + 1}\n"
+            f"fix: give longer val shards, or TRAIN_SEQ_LEN of at most {len(val) - 1}"
+        )
     table = ByteTable.from_sentencepiece(sp, vocab_size)
     prove_bytes(sp, table, val)  # 0.1 s per million tokens
     notes += [

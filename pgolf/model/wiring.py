@@ -86,7 +86,10 @@ class ParallelBlock(Block):
 
 
 class Skips(nn.Module):
-    """U-Net joins. Plain: x + w_j skip. Gated: G x + (1-G) (w_j skip), G = sigmoid(gate_j). w starts at 1, gate at 0."""
+    """U-Net joins. Plain: x + w_j skip. Gated: G x + (1-G) (w_j skip), G = sigmoid(gate_j).
+
+    w starts at 1, gate at 0.
+    """
 
     roles = {"weight": Role.VECTOR, "gate": Role.VECTOR}
 

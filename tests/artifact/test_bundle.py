@@ -69,13 +69,14 @@ FILES = {
                 return 0  # through atexit
             if "--fork" in argv:
                 os.wait()
-                from pgolf import late
-                print("late", late.X)
+                from pgolf import late, twice
+                print("late", late.X, twice.X)
             if "--fail" in argv:
                 raise Empty("failed")
             return 3 if "--three" in argv else 0
     ''',
     "pgolf/leaf.py": 'NAME = "leaf"\n',
+    "pgolf/twice.py": '"""Docstring."""\n"""Another string."""\nX = 2\n',
     "pgolf/late.py": "X = 1\n",
     "pgolf/sub/__init__.py": "",
     "pgolf/sub/deep.py": "from ..leaf import NAME\nVALUE = NAME + '!'\n",
@@ -174,9 +175,8 @@ def undocumented(tree):
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and body:
-            first = body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and type(first.value.value) is str:
-                node.body = body[1:]
+            is_text = [isinstance(n, ast.Expr) and isinstance(getattr(n.value, "value", 0), str) for n in body]
+            node.body = body[[*is_text, False].index(False) :]
             node.body = [n for n in node.body if not isinstance(n, ast.Pass)]
     return ast.dump(tree)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from pgolf.kernels.newton_schulz import newton_schulz, newton_schulz_ref
 
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import gradcheck
+
 from pgolf.kernels.attention import attention, attention_ref
 from pgolf.kernels.bigram import bigram, bigram_index, bigram_ref, trigram_index
 from pgolf.kernels.cross_entropy import cross_entropy, cross_entropy_ref
 from pgolf.kernels.mlp import ACTIVATIONS, mlp, mlp_ref
 from pgolf.kernels.qk_prep import qk_prep, qk_prep_ref
 from pgolf.kernels.residual import residual, residual_ref
-from torch.autograd import gradcheck
 
 GEN = torch.Generator().manual_seed(0)
 
