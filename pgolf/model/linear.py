@@ -25,8 +25,9 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.zero = zero
-        self.quant: nn.Module | None = None
-        self.adapter: nn.Module | None = None
+        # registered, so that an emptied slot looks to torch.compile like one that was never filled: no third graph
+        self.register_module("quant", None)
+        self.register_module("adapter", None)
 
     def init_(self, cfg: InitConfig, gen: torch.Generator) -> None:
         if self.zero:

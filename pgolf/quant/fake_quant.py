@@ -6,6 +6,8 @@ reliably so: several of the challenge's entries trained with late QAT that never
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor, nn
 
 from pgolf.kernels.int6 import int6
@@ -25,6 +27,13 @@ class FakeQuant(nn.Module):
         return int6(w, scale_floor=self.scale_floor)
 
 
+@lru_cache
+def shared(scale_floor: float) -> FakeQuant:
+    """One instance for all slots: it has no state, and torch.compile, which knows modules by identity, then finds the
+    graph of an earlier attachment (the warm-up's) again."""
+    return FakeQuant(scale_floor)
+
+
 def attach(model: nn.Module, infos: list[ParamInfo], cfg: QuantConfig) -> int:
     """Fills the `quant` slot of every module whose MATRIX or SIDE_MATRIX `weight` is exported as int6.
 
@@ -38,7 +47,7 @@ def attach(model: nn.Module, infos: list[ParamInfo], cfg: QuantConfig) -> int:
     count = 0
     for name, module in list(model.named_modules()):
         if hasattr(module, "quant") and f"{name}.weight".lstrip(".") in grid:
-            module.quant = FakeQuant(cfg.scale_floor)
+            module.quant = shared(cfg.scale_floor)
             count += 1
     return count
 

@@ -32,7 +32,8 @@ TOTAL = int(FIRST[-1])
 
 
 def config(name="sequential", **kwargs):
-    return DataConfig(**{"loader": name, "seq_len": T, "batch_tokens": 8 * 4 * T, "micro_batches": 8, **kwargs})
+    base = {"path": "given", "loader": name, "seq_len": T, "batch_tokens": 8 * 4 * T, "micro_batches": 8}
+    return DataConfig(**base | kwargs)
 
 
 def make(name, files, rank=0, world_size=1, seed=3, **kwargs):
@@ -127,6 +128,17 @@ def naive_coprime_a(files, rows, world_size, batches):
             order_out += [lists[i].pop() for i in visit]
             active = [i for i in visit if lists[i]]
         yield order_out
+
+
+def test_coprime_a_on_the_embedded_corpus_does_not_depend_on_where_the_cache_is(files, tmp_path):
+    """With a path given, the folder's name decides the order (as published); without one it must not."""
+    moved = []
+    for f in files:
+        moved.append(tmp_path / f.name)
+        moved[-1].write_bytes(f.read_bytes())
+    first = lambda where, path: batch_windows(make("coprime_a", where, path=path).next_batch()).tolist()
+    assert first(files, "") == first(moved, "")
+    assert first(files, "given") != first(moved, "given")
 
 
 @pytest.mark.parametrize("world_size,micro_batches", [(1, 1), (2, 2), (1, 8), (4, 4)])
