@@ -22,7 +22,7 @@ CHOICES = {
 class TrainConfig:
     """The run: how long, how often it reports, on what it runs."""
 
-    seed: int = 1337
+    seed: int = 1337  # of every generator: weights, data order where the loader uses one
     iterations: int = 20000  # upper bound; the wall clock usually ends the run first
     max_wallclock_seconds: float = 600.0  # training time without validation; 0 = no cap
     reserve_ms: int = 0  # taken off the cap for calibration and export

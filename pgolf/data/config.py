@@ -12,8 +12,8 @@ class DataConfig:
     path: str = ""  # folder of the shards; empty: the corpus embedded in Python's own standard library
     tokenizer_path: str = ""  # SentencePiece model; may stay empty with the embedded corpus
     cache_dir: str = ""  # where the embedded corpus is built; empty: the user's cache folder
-    loader: str = "sequential"
-    seq_len: int = 1024
+    loader: str = "sequential"  # sequential, coprime_a (PR #1130) or coprime_b (PR #1120)
+    seq_len: int = 1024  # tokens a row in training
     batch_tokens: int = 524288  # per step, all ranks and micro-batches together
     # Micro-batches per step over all ranks: a rank accumulates ceil(micro_batches / world size) of them, so that 1, 2,
     # 4 or 8 ranks see the same step.

@@ -16,8 +16,8 @@ class BigramConfig:
     """Hashed bigram embedding: `x += scale * P @ table[hash(t, t-1)]`, before the input norm."""
 
     rows: int = 2048  # table rows; row rows-1 is kept for position 0 (hash "xor")
-    dim: int = 128
-    scale_init: float = 0.05
+    dim: int = 128  # table width
+    scale_init: float = 0.05  # start of the learned scale
     hash: str = "xor"  # "xor": (36313 x_t ^ 27191 x_{t-1}) mod (rows-1); "mul1009": (1009 x_{t-1} + x_t) mod rows
     trigram: bool = False  # also look up (x_t, x_{t-1}, x_{t-2}) in the same table
 
@@ -38,9 +38,9 @@ class BigramConfig:
 class TrigramConfig:
     """Hashed trigram embedding with a table of its own: (17911 x_{t-2} + 36313 x_{t-1} + 27191 x_t) mod (rows-1)."""
 
-    rows: int = 2048
-    dim: int = 48
-    scale_init: float = 0.02
+    rows: int = 2048  # table rows
+    dim: int = 48  # table width
+    scale_init: float = 0.02  # start of the learned scale
 
     def problems(self) -> list[str]:
         return [] if self.rows >= 2 and self.dim >= 1 else [f"rows={self.rows}, dim={self.dim}: rows >= 2, dim >= 1"]
@@ -55,7 +55,7 @@ class SmearConfig:
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    vocab_size: int = 1024
+    vocab_size: int = 1024  # must be the SentencePiece model's
     tied: bool = True  # the head reads the token table
     tied_init_std: float = 0.005  # token table's std when tied; untied tables start at N(0, 1)
     bigram: BigramConfig | None = None
@@ -78,9 +78,9 @@ class SkipConfig:
 class PlanConfig:
     """Which layer runs when and what it is joined with; `pgolf.model.plan.build` turns it into steps."""
 
-    num_layers: int = 9
+    num_layers: int = 9  # blocks
     encoder_layers: int = -1  # -1: half of the layers, rounded down
-    skips: SkipConfig | None = field(default_factory=SkipConfig)
+    skips: SkipConfig | None = field(default_factory=SkipConfig)  # U-Net joins from encoder to decoder
 
     @property
     def n_encoder(self) -> int:
@@ -97,7 +97,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    base: float = 10000.0
+    base: float = 10000.0  # rotary base
     dims: int = 0  # rotated channels of a head; 0 = all
     # NTK: if the training length T exceeds this, base *= (T / ntk_reference) ** (r / (r - 2)); 0 = off. The base is
     # fixed at build time from the *training* length, so evaluating at another length keeps the angles.
@@ -116,8 +116,8 @@ class RopeConfig:
 class ValueEmbedConfig:
     """Value embeddings: `v += s_layer * s * P @ table[t]` at the listed layers; one shared table."""
 
-    dim: int = 128
-    layers: tuple[int, ...] = (9, 10)
+    dim: int = 128  # table width
+    layers: tuple[int, ...] = (9, 10)  # which layers add it, from 0
 
     def problems(self) -> list[str]:
         out = [] if self.dim >= 1 else [f"dim={self.dim} must be at least 1"]
@@ -130,7 +130,7 @@ class ValueEmbedConfig:
 class ValueResidualConfig:
     """Mixes the first layer's values into later layers. "add": v + sigmoid(a) v0; "mix": l0 v0 + l1 v."""
 
-    mode: str = "add"
+    mode: str = "add"  # add or mix
 
     def problems(self) -> list[str]:
         return [] if self.mode in ("add", "mix") else [f"mode={self.mode!r} must be add or mix"]
@@ -148,9 +148,9 @@ class XsaConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    num_heads: int = 8
-    num_kv_heads: int = 4
-    qk_gain_init: float = 1.5
+    num_heads: int = 8  # query heads
+    num_kv_heads: int = 4  # key/value heads; query head h reads h // (num_heads / num_kv_heads)
+    qk_gain_init: float = 1.5  # start of the learned gain on normed queries: logits are at most gain * sqrt(head width)
     rope: RopeConfig = field(default_factory=RopeConfig)
     value_embed: ValueEmbedConfig | None = None  # site qkv
     value_residual: ValueResidualConfig | None = None  # site qkv
@@ -166,7 +166,7 @@ class AttentionConfig:
 class MlpConfig:
     mult: float = 2.0  # hidden = mult * dim; swiglu: floor(2 mult dim / 3)
     hidden: int = 0  # explicit hidden width; 0 = from mult
-    activation: str = "relu2"
+    activation: str = "relu2"  # relu2, leaky_relu2, gelu2, silu2, swiglu, star_relu or star_relu_glu
     leaky_slope: float = 0.5  # of leaky_relu2: f(u) = (u if u >= 0 else slope u) ** 2
 
     def hidden_width(self, dim: int) -> int:
@@ -187,7 +187,7 @@ class MlpConfig:
 class ResidLambdaConfig:
     """Learned scalars on the residual stream: h = l0 u + a Attn, y = l1 h + b MLP."""
 
-    init: float = 1.1**0.5
+    init: float = 1.1**0.5  # start of both
     frozen: bool = False  # PR #1130's optimiser for them was never stepped: true reproduces that
 
 
@@ -195,8 +195,8 @@ class ResidLambdaConfig:
 class BackoutConfig:
     """Subtracts `init`-initialised beta times the output of `layer` before the final norm."""
 
-    layer: int = 7
-    init: float = 0.1
+    layer: int = 7  # whose output is subtracted
+    init: float = 0.1  # start of beta
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    dim: int = 512
+    dim: int = 512  # width of the residual stream
     softcap: float = 30.0  # logits <- softcap * tanh(logits / softcap)
     norm_eps: float = 2.0**-23  # RMS norm; explicit, because torch's default depends on its version
     embed: EmbedConfig = field(default_factory=EmbedConfig)
@@ -263,9 +263,9 @@ class MileConfig:
     gamma rises linearly to `gamma` until progress `peak_frac`, then falls linearly to 0.
     """
 
-    gamma: float = 0.75
-    clamp_min: float = 0.2
-    peak_frac: float = 0.4
+    gamma: float = 0.75  # peak exponent
+    clamp_min: float = 0.2  # smallest weight
+    peak_frac: float = 0.4  # progress at the peak
 
     def problems(self) -> list[str]:
         return [] if 0 < self.peak_frac < 1 else [f"peak_frac={self.peak_frac} must lie between 0 and 1"]
@@ -275,7 +275,7 @@ class MileConfig:
 class HeadDiversityConfig:
     """coef * mean((S - I)^2), S the Gram matrix of the normalised groups of block 0's output projection."""
 
-    coef: float = 1e-4
+    coef: float = 1e-4  # weight of the term
     groups: str = "rows"  # "rows": output channels, as published; "columns": the heads themselves
 
     def problems(self) -> list[str]:
@@ -287,7 +287,7 @@ class HeadDiversityConfig:
 class CoefConfig:
     """Weight of a regularising term."""
 
-    coef: float = 1e-4
+    coef: float = 1e-4  # weight of the term
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ class LossConfig:
     head_diversity: HeadDiversityConfig | None = None
     z_loss: CoefConfig | None = None  # coef * mean(logsumexp(z)^2)
     logit_penalty: CoefConfig | None = None  # coef * mean(z^2)
-    label_smooth: float = 0.0
+    label_smooth: float = 0.0  # share of the target spread evenly over the vocabulary
     focal_gamma: float = 0.0  # mean((1 - exp(-CE))^gamma CE)
 
     def problems(self) -> list[str]:

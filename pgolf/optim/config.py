@@ -13,9 +13,9 @@ SCHEDULE_NAMES = (
 class MuonConfig:
     lr: float = 0.04  # MATRIX_LR
     lr_late: float | None = None  # blocks >= num_layers // 2; None = lr
-    momentum: float = 0.95
-    momentum_start: float = 0.85
-    momentum_warmup_steps: int = 500
+    momentum: float = 0.95  # after its warm-up
+    momentum_start: float = 0.85  # at step 0
+    momentum_warmup_steps: int = 500  # steps from momentum_start to momentum, linear
     ns_steps: int = 5  # Newton-Schulz iterations
     weight_decay: float = 0.0  # decoupled, times the scheduled lr, before the update
 
@@ -30,13 +30,13 @@ class MuonConfig:
 class AdamWConfig:
     embed_lr: float = 0.6  # tables when the head is untied
     tied_embed_lr: float = 0.05  # tables when the head is tied
-    head_lr: float = 0.008
-    scalar_lr: float = 0.04
+    head_lr: float = 0.008  # untied head
+    scalar_lr: float = 0.04  # gains, scales, mixes, gates
     scalar_lr_late: float | None = None  # vectors of blocks >= num_layers // 2; None = scalar_lr
     resid_lambda_mult: float = 5.0  # learning rate of the residual lambdas = this * scalar_lr
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: float = 0.9  # first moment
+    beta2: float = 0.95  # second moment
+    eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.0  # not on the head, not on residual lambdas
 
     def problems(self) -> list[str]:
@@ -46,7 +46,7 @@ class AdamWConfig:
 
 @dataclass(frozen=True)
 class ClipConfig:
-    norm: float = 0.3
+    norm: float = 0.3  # largest L2 norm of the whole gradient
     scope: str = "global"  # "global": norm of the averaged gradient; "rank": each rank clips its own before averaging
 
     def problems(self) -> list[str]:
@@ -71,14 +71,14 @@ class OptimConfig:
 class ScheduleConfig:
     """The factor on every learning rate. "linear" warms down by wall clock, "d2z" too; the others follow `by`."""
 
-    kind: str = "linear"
+    kind: str = "linear"  # linear, cosine, golden, tidal, breathing, whale, circadian, cosmo, d2z or constant
     by: str = "step"  # progress of the shapes: "step" = step / iterations, "time" = elapsed / wall-clock cap
-    warmdown_iters: int = 1200
+    warmdown_iters: int = 1200  # steps of the linear fall to 0
     # "linear" guesses the steps left from the mean step time; slow first steps would switch the warmdown on at once. So
     # these run at factor 1, unless half of the cap passes, and their first half is left out of the mean; 0 = baseline
     ignore_first_steps: int = 10
-    cosine_cycles: int = 1
-    d2z_warmup_steps: int = 200
+    cosine_cycles: int = 1  # restarts of the cosine
+    d2z_warmup_steps: int = 200  # steps of the linear rise before the fall to 0
 
     @property
     def skip_steps(self) -> int:
@@ -95,7 +95,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    decay: float = 0.997
+    decay: float = 0.997  # weight of the old average at each step
 
     def problems(self) -> list[str]:
         return [] if 0 <= self.decay < 1 else [f"decay={self.decay} must be in [0, 1)"]
@@ -105,8 +105,8 @@ class EmaConfig:
 class SwaConfig:
     """Mean of snapshots taken every `every` steps while the lr scale is below `threshold`."""
 
-    every: int = 50
-    threshold: float = 0.2
+    every: int = 50  # steps between snapshots
+    threshold: float = 0.2  # lr scale below which snapshots are taken
     source: str = "ema"  # what a snapshot copies: "ema" or "raw" weights
 
     def problems(self) -> list[str]:

@@ -26,7 +26,7 @@ class QuantConfig:
     # max |w| < 1 on a fixed grid and so acts as a rate control; 0 is the plain relative grid.
     scale_floor: float = 0.0
     int8_clip: float = 0.9999984  # quantile of |w| per row that int8 keeps
-    codec: str = "brotli"
+    codec: str = "brotli"  # brotli, zstd, lzma or zlib
     level: int = -1  # -1: the codec's strongest level
     late_qat: LateQatConfig | None = None
 
