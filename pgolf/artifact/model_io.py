@@ -14,6 +14,8 @@ from pgolf.model.roles import ParamInfo
 from pgolf.quant.config import QuantConfig
 from pgolf.quant.policy import dequantize, quantize_state
 
+MAX_LENGTH = 1 << 20  # positions that a loaded model makes rotary tables for
+
 
 def save_model(model: GPT, infos: list[ParamInfo], cfg: QuantConfig, tokenizer_sha256: str) -> bytes:
     """Quantises and packs `model`'s parameters with what is needed to rebuild it."""
@@ -33,22 +35,31 @@ def load_model(data: bytes, *, device: torch.device | str = "cpu", compute_dtype
     Raises ArtifactError when the bytes are damaged or do not describe a model of this version.
     """
     records, meta = unpack(data)
-    try:
-        cfg = tree.from_dict(ModelConfig, meta["model"])
-        problems = tree.problems(cfg)
-        if problems:
-            raise ConfigError("; ".join(problems))
-        lengths = {k: int(meta[k]) for k in ("train_length", "max_length")}
-        model = GPT(cfg, **lengths, compute_dtype=compute_dtype)
-    except (KeyError, TypeError, ValueError) as err:
-        raise ArtifactError(f"artifact: its model description cannot be used: {err}") from err
     weights = dequantize(records)
+    model = _skeleton(meta, len(records), compute_dtype)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     got = {name: tuple(w.shape) for name, w in weights.items()}
     if got != expected:
         odd = sorted(set(got.items()) ^ set(expected.items()))[:3]
         raise ArtifactError(f"artifact: its tensors are not those of the model it describes, for example {odd}")
+    model.to_empty(device="cpu").set_rope_()
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(weights[name])
     return model.to(device).eval()
+
+
+def _skeleton(meta: dict, n_tensors: int, compute_dtype: torch.dtype) -> GPT:
+    """The described model without storage: a description may lie about sizes, and nothing is allocated by it."""
+    try:
+        cfg = tree.from_dict(ModelConfig, meta["model"])
+        lengths = {k: int(meta[k]) for k in ("train_length", "max_length")}
+        problems = tree.problems(cfg)
+        if cfg.plan.num_layers > n_tensors or not all(1 <= n <= MAX_LENGTH for n in lengths.values()):
+            problems.append(f"{cfg.plan.num_layers} layers, {lengths} for {n_tensors} tensors")
+        if problems:
+            raise ConfigError("; ".join(problems))
+        with torch.device("meta"):
+            return GPT(cfg, **lengths, compute_dtype=compute_dtype)
+    except (KeyError, TypeError, ValueError, RuntimeError) as err:
+        raise ArtifactError(f"artifact: its model description cannot be used: {err}") from err

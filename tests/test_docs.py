@@ -1,0 +1,44 @@
+"""The pages that users read agree with the code."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pgolf import cli, config, errors
+from pgolf.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_levers_page_is_current():
+    """Regenerate with: python -m pgolf.config --levers > docs/levers.md"""
+    assert (ROOT / "docs" / "levers.md").read_text() == config.levers()
+
+
+def test_errors_page_lists_every_exit_code():
+    rows = dict(re.findall(r"^\| (\d+) \| (?:`(\w+)` )?\|", (ROOT / "docs" / "errors.md").read_text(), re.M))
+    classes = [errors.PgolfError, *errors.PgolfError.__subclasses__()]
+    assert {str(c.exit_code): c.__name__ for c in classes}.items() <= rows.items()
+    assert set(map(int, rows)) == set(cli.exit_codes())
+
+
+@pytest.mark.parametrize("page", ["README.md", "LOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert target.startswith("http") or (path.parent / target).exists(), f"{page}: {target}"
+
+
+def test_readme_names_every_preset_and_its_size():
+    text = (ROOT / "README.md").read_text()
+    for name, build in PRESETS.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}`"))
+        assert f"{cli.model_facts(build())['parameters']:,}" in row
+
+
+def test_architecture_page_names_every_file():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for path in [*ROOT.glob("pgolf/*.py"), *ROOT.glob("pgolf/*/*.py")]:
+        if path.name not in ("__init__.py", "config.py"):
+            assert path.name in text or path.parent.name == "features", f"docs/architecture.md misses {path.name}"
