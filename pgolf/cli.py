@@ -36,9 +36,10 @@ MOST_USED = (
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
     """Runs the command line and returns the process's exit code. Defaults: this process's arguments and environment."""
-    # A waiting OpenMP thread shall sleep, not spin: beside another busy process on two cores a spinning run took over
-    # 3 s for a step of the cpu preset, a sleeping one 0.4 s. libgomp reads this when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # How long a waiting OpenMP thread spins before it sleeps; libgomp reads this when torch is imported. Its default is
+    # milliseconds, and beside another busy process a step of the cpu preset can then take seconds. LOG.md has numbers.
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "3000"
     argv = sys.argv[1:] if argv is None else argv
     environ = config.process_environment() if environ is None else environ
     try:

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as pgolf/cli.py does; read when torch loads
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as pgolf/cli.py does; read when torch loads
 
 import pytest
 import torch

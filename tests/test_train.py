@@ -153,7 +153,7 @@ GOLDEN = ROOT / "tests" / "golden" / "smoke_losses.json"
 def test_golden_losses(smoke):
     """20 steps, bit for bit the same maths: a refactor that moves these is not one. 2e-3 covers other CPUs' rounding.
 
-    Written by `python tests/golden/write.py RUN_DIR` after a deliberate change of the maths.
+    After a deliberate change of the maths: tests/golden/write.py.
     """
     got = [e["train_loss"] for e in events(smoke[1], "step")]
     assert got == pytest.approx(json.loads(GOLDEN.read_text()), abs=2e-3)

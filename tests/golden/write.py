@@ -1,4 +1,5 @@
-"""Rewrites the golden losses from a finished smoke run's events: python tests/golden/write.py RUN_DIR."""
+"""Rewrites the golden losses: python -m pytest tests/test_train.py -k golden --basetemp=/tmp/golden, then
+python tests/golden/write.py /tmp/golden/runs0/<run directory>."""
 
 import json
 import sys
