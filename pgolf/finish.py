@@ -42,8 +42,11 @@ def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
     fake_quant.detach(trainer.model)
     source = load_average(trainer)
     log.line(f"exported weights: {source}")
-    with log.phase("evaluate_float", ledger):
-        floats = trainer.validate(plain_windows(cfg), limit=cfg.eval.max_tokens)
+    if source == "raw" and not cfg.quant.late_qat:
+        floats = trainer.last_val  # the last step's validation has scored these very weights
+    else:
+        with log.phase("evaluate_float", ledger):
+            floats = trainer.validate(plain_windows(cfg), limit=cfg.eval.max_tokens)
     label = f"{cfg.quant.matrix}_{cfg.quant.codec}_roundtrip"
     with log.phase("pack", ledger):
         artifact, code = dist.broadcast_object(write_submission(trainer, run_dir) if dist.is_main else None)

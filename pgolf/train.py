@@ -66,6 +66,7 @@ class Trainer:
         self.compute_loss = self.compiled(self.objective.__call__)
         self.nll = self.compiled(lambda ids, targets: self.model(Batch(ids, targets))[0])
         self.step_number, self.lr_scale, self.tokens = 0, 1.0, 0
+        self.last_val: EvalResult | None = None
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -188,6 +189,7 @@ class Trainer:
             with self.clock.paused(), self.ledger.phase("validate"):
                 scored = self.validate(finish.plain_windows(self.cfg), limit=self.cfg.eval.max_tokens)
             self.log.val(n, t.iterations, scored.val_loss, scored.val_bpb, ms)
+            self.last_val = scored
 
     def validate(self, evaluator: Evaluator, limit: int) -> EvalResult:
         """Scores the val split with the weights as the training forward sees them (fake-quantised once that is on)."""
