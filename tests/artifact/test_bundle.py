@@ -207,8 +207,6 @@ def test_missing_module_and_broken_file_are_named(tree):
 
 @pytest.mark.slow
 def test_the_real_entry_describes_itself_from_its_bundle(tmp_path):
-    if not ENTRY.exists():
-        pytest.skip(f"{ENTRY.name} is not there yet")
     path = tmp_path / "bundle.py"
     path.write_bytes(bundle())
     assert len(path.read_bytes()) == code_bytes()
