@@ -65,15 +65,8 @@ class StarRelu(nn.Module):
         return self.down(F.relu(self.up(x)).square() * self.scale.to(x.dtype) + self.bias.to(x.dtype))
 
 
-class StarReluGlu(nn.Module):
+class StarReluGlu(SwiGlu):
     """down(relu(gate(x))^2 * up(x))."""
-
-    def __init__(self, cfg: ModelConfig):
-        super().__init__()
-        hidden = cfg.mlp.hidden_width(cfg.dim)
-        self.gate = Linear(cfg.dim, hidden)
-        self.up = Linear(cfg.dim, hidden)
-        self.down = Linear(hidden, cfg.dim, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.relu(self.gate(x)).square() * self.up(x))
