@@ -69,16 +69,20 @@ def test_wheel(source, rival, tmp_path):
 @pytest.mark.slow
 def test_editable_install(source, rival, tmp_path):
     """Into a fresh environment that borrows this one's packages; torch is not touched."""
-    python("-m", "venv", "--system-site-packages", str(tmp_path / "env"), cwd=tmp_path)
+    python("-m", "venv", str(tmp_path / "env"), cwd=tmp_path)
     mine = tmp_path / "env" / "bin" / "python"
     site = next(p for p in map(Path, sys.path) if (p / "torch").is_dir())
-    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": f"{rival}:{site}"}
+    # Borrowed by a .pth file, behind the environment's own packages and without running the .pth files there: on
+    # PYTHONPATH the finder of an editable pgolf in `site` would come before the one that is under test.
+    (own,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    (own / "borrowed.pth").write_text(f"{site}\n")
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(rival)}
     run = lambda *a: subprocess.run([str(mine), *a], cwd=tmp_path, env=environ, capture_output=True, text=True)
     done = run("-m", "pip", "install", "-q", "--no-deps", "-e", str(source))
     assert done.returncode == 0, done.stderr[-3000:]
     done = run("-c", PROBE + "; import torch; print(torch.__file__)")
     assert done.returncode == 0, done.stderr[-3000:]
-    where, who, torch_file = done.stdout.split()[0], done.stdout.split("\n")[1], done.stdout.split("\n")[2]
+    where, who, torch_file = done.stdout.splitlines()[:3]
     assert where == str(source / "kernels" / "mlp.py") and who == "the other one"
     assert torch_file.startswith(str(site))
 
