@@ -9,7 +9,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as pgolf/cli.py does; read wh
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: jit decides then
+
 ROOT = Path(__file__).resolve().parent.parent
+KERNELS = sorted(p.stem for p in ROOT.glob("kernels/[a-z]*.py"))
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
@@ -18,6 +22,28 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here"))
+
+
+@pytest.fixture
+def kernels_on():
+    """Every op on its Triton kernel, in the interpreter where there is no GPU."""
+    pytest.importorskip("triton", reason="triton is not installed: no kernels to test")
+    if not torch.cuda.is_available():
+        import interp_shim
+
+        interp_shim.install()
+    from pgolf.kernels import _op
+
+    with _op.paths(**dict.fromkeys(KERNELS, "triton")):
+        yield
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty is full of NaN (integers: of the largest value): an output that is not written cannot pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
