@@ -145,11 +145,8 @@ def compile_all(archs: list[int], only: str = "") -> list[Figures]:
     jobs = [(c.id, arch) for c in CASES if PRODUCTION in c.sizes and only in c.id for arch in archs]
     # spawned: the interpreter's switch is read when triton is imported, and must be off here
     with _no_interpreter(), ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        found = {}
-        for rows in pool.map(compile_case, jobs):
-            for key, row in rows:
-                found.setdefault(key, row)  # cases that share a launch compile it once
-    return sorted(found.values(), key=lambda r: (r.kernel, r.arch))
+        rows = [row for found in pool.map(compile_case, jobs) for row in found]
+    return sorted(rows, key=lambda r: (r.kernel, r.arch))
 
 
 @contextmanager
@@ -162,8 +159,8 @@ def _no_interpreter():
             os.environ["TRITON_INTERPRET"] = before
 
 
-def compile_case(job: tuple[str, int]) -> list[tuple[tuple, Figures]]:
-    """(key of the launch, figures) of each distinct launch of a case on an arch."""
+def compile_case(job: tuple[str, int]) -> list[Figures]:
+    """The figures of each distinct launch of a case on an arch."""
     from pgolf.kernels._op import recording
 
     from .cases import CASES
@@ -174,13 +171,8 @@ def compile_case(job: tuple[str, int]) -> list[tuple[tuple, Figures]]:
     case = next(c for c in CASES if c.id == name)
     with recording(arch) as seen:
         evaluate(case, case.fn, case.make(PRODUCTION, "meta", case.dtypes[-1]))
-    rows, keys = [], set()
-    for one in seen.launches:
-        key = (arch, launch_key(one))
-        if key not in keys:
-            keys.add(key)
-            rows.append((key, figures(one, arch, name)))
-    return rows
+    distinct = {launch_key(one): one for one in seen.launches}
+    return [figures(one, arch, name) for one in distinct.values()]
 
 
 def launch_key(one) -> str:

@@ -31,7 +31,7 @@ PATHS: dict[str, str] = {}  # op -> "triton" | "reference"; an op that is not he
 def use_kernel(op: str, x: Tensor) -> bool:
     """Whether `op` runs its kernel on x. Unless PATHS says otherwise: on a GPU always, on a CPU never."""
     path = PATHS.get(op)
-    return (x.is_cuda or x.is_meta and bool(_recordings)) if path is None else path == "triton"
+    return (x.is_cuda or (x.is_meta and bool(_recordings))) if path is None else path == "triton"
 
 
 @contextmanager

@@ -210,7 +210,7 @@ ALIASES: dict[str, str | Alias] = {
     "QAT_ENABLED": Alias(("quant.late_qat", "quant.late_qat.threshold"), _qat_from_start),
     "COMPRESSOR": "quant.codec",
     # names of our own, for what the scripts hard-code
-    "KERNELS": "train.kernels",
+    "KERNELS": "kernels.default",
     "DEVICE": "train.device",
     "OUT_DIR": "train.out_dir",
     "MICRO_BATCHES": "data.micro_batches",

@@ -18,7 +18,6 @@ from pgolf.data.shards import write_synced
 from pgolf.eval.base import EvalResult, Evaluator, evaluate
 from pgolf.eval.windowed import PlainWindows, SlidingWindows
 from pgolf.model.gpt import GPT, parameter_count
-from pgolf.quant import fake_quant
 
 if TYPE_CHECKING:
     from pgolf.train import Trainer
@@ -39,7 +38,7 @@ def sliding_windows(cfg: RunConfig) -> SlidingWindows | None:
 def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
     """Everything after the last step. Returns the result; raises BudgetError after writing it when over the limit."""
     cfg, log, ledger, dist = trainer.cfg, trainer.log, trainer.ledger, trainer.dist
-    fake_quant.detach(trainer.model)
+    trainer.phases.undo()
     source = load_average(trainer)
     log.line(f"exported weights: {source}")
     if source == "raw" and not cfg.quant.late_qat:

@@ -9,6 +9,7 @@ from pgolf.model.gpt import GPT
 from pgolf.model.roles import ParamInfo
 from pgolf.quant import fake_quant
 from pgolf.quant.config import QuantConfig
+from pgolf.quant.weight_cast import WeightCast
 
 
 @dataclass
@@ -22,21 +23,29 @@ class Phase:
     started: bool = False
 
 
+def late_qat(model: GPT, infos: list[ParamInfo], quant: QuantConfig, cast: WeightCast | None) -> Phase:
+    """With a weight cast an argument of it; without one a module in each layer's slot, which is a second graph."""
+
+    def start() -> str:
+        if cast:
+            cast.quantize = True
+        count = cast.on_grid if cast else fake_quant.attach(model, infos, quant)
+        return f"{count} matrices are fake-quantised from here on"
+
+    def undo() -> None:
+        if cast:
+            cast.quantize = False
+        else:
+            fake_quant.detach(model)
+
+    return Phase("late_qat", lambda scale: scale < quant.late_qat.threshold, start, undo)
+
+
 class Phases:
     """The phases of a run. They go by the lr scale, which is rank 0's: ranks never decide alone."""
 
-    def __init__(self, model: GPT, infos: list[ParamInfo], quant: QuantConfig):
-        self.phases = []
-        if quant.late_qat:
-            threshold = quant.late_qat.threshold
-            self.phases.append(
-                Phase(
-                    "late_qat",
-                    due=lambda scale: scale < threshold,
-                    start=lambda: f"{fake_quant.attach(model, infos, quant)} matrices are fake-quantised from here on",
-                    undo=lambda: fake_quant.detach(model),
-                )
-            )
+    def __init__(self, model: GPT, infos: list[ParamInfo], quant: QuantConfig, cast: WeightCast | None = None):
+        self.phases = [late_qat(model, infos, quant, cast)] if quant.late_qat else []
 
     def apply(self, lr_scale: float) -> list[tuple[str, str]]:
         """Starts every phase that is due and has not started; returns (name, what happened) of those."""
@@ -47,11 +56,15 @@ class Phases:
                 happened.append((phase.name, phase.start()))
         return happened
 
+    def undo(self) -> None:
+        """Takes every phase back; for the export, whose weights are the masters."""
+        for phase in self.phases:
+            phase.undo()
+
     def variants(self):
         """Yields once per combination of started phases that a run can reach, for warm-up; restores afterwards."""
         yield "start"
         for phase in self.phases:
             phase.start()
             yield phase.name
-        for phase in self.phases:
-            phase.undo()
+        self.undo()

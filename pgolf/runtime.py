@@ -3,13 +3,15 @@ Chosen once, printed once, never changed behind the user's back."""
 
 from __future__ import annotations
 
-import importlib.util
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from pgolf.errors import SetupError
+from pgolf.kernels import attention
+from pgolf.kernels._triton import triton
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,20 @@ class Runtime:
     device: torch.device
     dtype: Choice  # "fp32" | "bf16"
     compile: Choice  # "on" | "off"
-    attention: Choice
-    kernels: Choice
+    kernels: dict[str, Choice]  # op -> path, see pgolf/kernels/_op.py
+    weight_cast: Choice  # "on" | "off"
 
     @property
     def compute_dtype(self) -> torch.dtype:
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype.value]
 
     def lines(self) -> list[str]:
-        """One line a choice, for the log."""
-        parts = {"dtype": self.dtype, "compile": self.compile, "attention": self.attention, "kernels": self.kernels}
+        """One line a choice, for the log; ops that share path and reason share a line."""
+        parts = {"dtype": self.dtype, "compile": self.compile, "weight cast": self.weight_cast}
+        shared: dict[Choice, list[str]] = {}
+        for op, choice in self.kernels.items():
+            shared.setdefault(choice, []).append(op)
+        parts |= {f"kernels ({', '.join(ops)})": choice for choice, ops in shared.items()}
         head = f"device: {device_name(self.device)}, torch {torch.__version__}, python {platform.python_version()}"
         return [head, *(f"{name}: {c.value} ({c.reason})" for name, c in parts.items())]
 
@@ -50,10 +56,22 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def choose(device: torch.device, *, dtype: str = "auto", compile: str = "auto", kernels: str = "auto") -> Runtime:
-    """Resolves the "auto" settings on `device`. Raises SetupError when what was asked for cannot be had."""
+def choose(
+    device: torch.device,
+    *,
+    dtype: str = "auto",
+    compile: str = "auto",
+    default_path: str = "auto",
+    ops: Mapping[str, str] | None = None,
+    weight_cast: str = "auto",
+) -> Runtime:
+    """Resolves the "auto" settings on `device`. Raises SetupError when what was asked for cannot be had.
+
+    ops: op -> "auto" (what default_path says), "triton", "reference"; for attention also a library's kernel.
+    """
     cuda = device.type == "cuda"
-    return Runtime(device, _dtype(device, dtype), _compile(cuda, compile), _attention(device), _kernels(cuda, kernels))
+    paths = {op: _path(device, op, default_path if asked == "auto" else asked) for op, asked in (ops or {}).items()}
+    return Runtime(device, _dtype(device, dtype), _compile(cuda, compile), paths, _weight_cast(cuda, weight_cast))
 
 
 def _dtype(device: torch.device, asked: str) -> Choice:
@@ -77,14 +95,37 @@ def _compile(cuda: bool, asked: str) -> Choice:
     return Choice("off", "on a CPU compiling takes longer than it saves in a run of minutes")
 
 
-def _attention(device: torch.device) -> Choice:
+def _weight_cast(cuda: bool, asked: str) -> Choice:
+    if asked != "auto":
+        return Choice(asked, "asked for")
+    return Choice("on", "GPU") if cuda else Choice("off", "on a CPU weights are used in fp32, as they are")
+
+
+def _path(device: torch.device, op: str, asked: str) -> Choice:
+    """Kernel or reference for one op."""
+    cuda = device.type == "cuda"
+    if asked == "reference":
+        return Choice("reference", "asked for")
+    if asked in ("fa3", "cudnn") or (op == "attention" and cuda and not _no_kernels(device)):
+        return Choice(*attention.explain(device, asked))
+    why_not = _no_kernels(device)
+    if asked == "auto":
+        return Choice("reference", why_not) if why_not else Choice("triton", "GPU")
+    if why_not and not (_interpreting() and triton is not None):
+        raise SetupError(f"kernels.{op}={asked}: {why_not}; use kernels.{op}=reference or auto")
+    return Choice(asked, "asked for" if cuda else "asked for, in Triton's interpreter")
+
+
+def _interpreting() -> bool:
+    return triton is not None and triton.knobs.runtime.interpret
+
+
+def _no_kernels(device: torch.device) -> str:
+    """Why Triton kernels cannot run on `device`; empty when they can."""
     if device.type != "cuda":
-        return Choice("torch SDPA", "CPU")
-    missing = "flash-attn 3 is not installed" if importlib.util.find_spec("flash_attn_interface") is None else ""
-    return Choice("torch SDPA", missing or "flash-attn 3 is not wired in yet")
-
-
-def _kernels(cuda: bool, asked: str) -> Choice:
-    if asked == "triton":
-        raise SetupError("train.kernels=triton: there are no Triton bodies yet; use train.kernels=reference or auto")
-    return Choice("reference", "asked for" if asked == "reference" else "plain torch; the Triton bodies come next")
+        return "kernels need a GPU, this is a CPU (TRITON_INTERPRET=1 interprets them, for tests)"
+    if triton is None:
+        return "triton is not installed: pip install 'pgolf[cuda]'"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "kernels need compute capability 8.0"
+    return ""

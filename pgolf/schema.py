@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from pgolf.data.config import DataConfig
 from pgolf.eval.config import EvalConfig
@@ -14,8 +14,8 @@ CHOICES = {
     "compile": ("auto", "on", "off"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "fp32", "bf16"),
-    "kernels": ("auto", "triton", "reference"),
 }
+PATHS = ("auto", "triton", "reference")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class TrainConfig:
     fullgraph: bool = True  # a graph break is an error
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # activations: auto (bf16 with a GPU), fp32, bf16
-    kernels: str = "auto"  # auto (Triton with a GPU), triton, reference
     out_dir: str = "runs"  # folder of run folders
     run_id: str = ""  # name of this run's folder; empty = random
 
@@ -53,11 +52,48 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    """Which ops run their Triton kernels, and how weights reach them. An op's `auto` is what `default` says."""
+
+    default: str = "auto"  # of every op: auto (Triton with a GPU), triton, reference (plain torch)
+    attention: str = "auto"  # also a library's kernel: fa3, cudnn
+    bigram: str = "auto"
+    cross_entropy: str = "auto"
+    int6: str = "auto"
+    mlp: str = "auto"
+    newton_schulz: str = "auto"
+    qk_prep: str = "auto"
+    residual: str = "auto"
+    # Casts matrices to the activations' dtype once a step, outside the compiled graph, where late QAT is an argument
+    # of the cast and no second graph: auto (with a GPU), on, off
+    weight_cast: str = "auto"
+    # Multiplies attention and MLP output scales into the rows of the output projections: the same product, without
+    # the column sums over activations in backward. Rounds the scaled weight to bf16 and not the scaled activation
+    fold_scales: bool = False
+
+    def ops(self) -> dict[str, str]:
+        """What was asked for, by op."""
+        skip = ("default", "weight_cast", "fold_scales")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
+
+    def problems(self) -> list[str]:
+        out = []
+        for name, value in {"default": self.default, **self.ops()}.items():
+            allowed = (*PATHS, "fa3", "cudnn") if name == "attention" else PATHS
+            if value not in allowed:
+                out.append(f"{name}={value!r} must be one of {', '.join(allowed)}")
+        if self.weight_cast not in ("auto", "on", "off"):
+            out.append(f"weight_cast={self.weight_cast!r} must be one of auto, on, off")
+        return out
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run, completely. `pgolf.config.digest` identifies it."""
 
     preset: str = ""  # the system that the run starts from
     train: TrainConfig = field(default_factory=TrainConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -76,4 +112,6 @@ class RunConfig:
         if self.quant.late_qat and self.quant.matrix != "int6":
             fix = "set quant.matrix=int6 or LATE_QAT_THRESHOLD=0"
             out.append(f"quant.late_qat rounds to the int6 grid, but quant.matrix={self.quant.matrix!r}: {fix}")
+        if self.kernels.fold_scales and self.model.wiring.sandwich_norm:
+            out.append("kernels.fold_scales with model.wiring.sandwich_norm: the norm would undo it; set one to false")
         return out

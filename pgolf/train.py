@@ -21,6 +21,7 @@ from pgolf.data.source import open_data
 from pgolf.dist import Clock, Dist, TimeLedger, start
 from pgolf.errors import ConfigError, NumericalError
 from pgolf.eval.base import EvalResult, Evaluator, evaluate
+from pgolf.kernels._op import paths
 from pgolf.log import RunLog
 from pgolf.model import plan
 from pgolf.model.gpt import GPT, parameter_count
@@ -32,6 +33,7 @@ from pgolf.optim.muon import momentum_at
 from pgolf.optim.schedule import Progress, lr_scale
 from pgolf.optim.step import Optimizers
 from pgolf.phases import Phases
+from pgolf.quant.weight_cast import WeightCast
 
 
 class Trainer:
@@ -41,7 +43,15 @@ class Trainer:
         self.cfg, self.dist, self.log, self.ledger = cfg, dist, log, ledger
         self.device = dist.device
         t = cfg.train
-        self.runtime = runtime.choose(self.device, dtype=t.dtype, compile=t.compile, kernels=t.kernels)
+        k = cfg.kernels
+        self.runtime = runtime.choose(
+            self.device,
+            dtype=t.dtype,
+            compile=t.compile,
+            default_path=k.default,
+            ops=k.ops(),
+            weight_cast=k.weight_cast,
+        )
         with log.phase("data", ledger):
             self.data = self._open_data()
         eval_len = cfg.eval.seq_len or cfg.data.seq_len
@@ -50,15 +60,18 @@ class Trainer:
             train_length=cfg.data.seq_len,
             max_length=eval_len,
             compute_dtype=self.runtime.compute_dtype,
+            fold_scales=k.fold_scales,
         )
         self.model.init_weights(t.seed).to(self.device)
         dist.broadcast_params_(list(self.model.parameters()))
         self.infos = roles_of(self.model)
+        on = self.runtime.weight_cast.value == "on"
+        self.cast = WeightCast(self.model, self.infos, cfg.quant, self.runtime.compute_dtype) if on else None
         layers = (cfg.model.plan.num_layers, cfg.model.plan.n_encoder)
         self.optim = Optimizers(build_groups(self.infos, cfg.optim, layers, cfg.model.embed.tied), cfg.optim.muon)
         self.params = [i.param for i in self.infos if i.param.requires_grad]
         self.objective = Objective(cfg.loss, self.model, self.device)
-        self.phases = Phases(self.model, self.infos, cfg.quant)
+        self.phases = Phases(self.model, self.infos, cfg.quant, self.cast)
         self.averager = Averager({i.name: i.param for i in self.infos}, cfg.average)
         cap = t.max_wallclock_seconds * 1000 - t.reserve_ms if t.max_wallclock_seconds else None
         self.clock = Clock(dist, cap)
@@ -102,9 +115,13 @@ class Trainer:
         """Forward, backward, average over ranks, clip, update. Returns this rank's mean loss, on the device."""
         cfg, accum = self.cfg, self.loader.micro_steps
         total = torch.zeros((), device=self.device)
+        if self.cast:
+            self.cast.refresh_()
         for _ in range(accum):
             loss, plain = self.compute_loss(self.loader.next_batch())
             (loss / accum).backward()
+            if self.cast:
+                self.cast.collect_()
             total += plain / accum
         clip = cfg.optim.clip
         if clip and clip.scope == "rank":
@@ -194,6 +211,8 @@ class Trainer:
     def validate(self, evaluator: Evaluator, limit: int) -> EvalResult:
         """Scores the val split with the weights as the training forward sees them (fake-quantised once that is on)."""
         self.model.eval()
+        if self.cast:
+            self.cast.refresh_()
         data = self.data
         scored = evaluate(evaluator, self.nll, data.val, data.byte_counts, self.dist, limit_tokens=limit)
         self.model.train()
@@ -263,12 +282,13 @@ def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: floa
         log.line(line, console=False)
     per_rank = f"{trainer.loader.micro_steps} micro-batches per rank and step"
     log.line(f"world_size:{dist.world_size} tokens per step:{trainer.loader.tokens_per_step} ({per_rank})")
-    with log.phase("warmup", ledger):
-        trainer.warm_up()
-    with log.phase("train", ledger):
-        trainer.train()
-    trainer.loader.close()
-    return finish.finish(trainer, run_dir, began)
+    with paths(**{op: choice.value for op, choice in trainer.runtime.kernels.items()}):
+        with log.phase("warmup", ledger):
+            trainer.warm_up()
+        with log.phase("train", ledger):
+            trainer.train()
+        trainer.loader.close()
+        return finish.finish(trainer, run_dir, began)
 
 
 def make_run_dir(settings: Settings, dist: Dist) -> Path:

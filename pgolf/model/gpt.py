@@ -25,6 +25,7 @@ class GPT(nn.Module):
 
     train_length fixes the rotary base (NTK); max_length is the longest row it will be given (default train_length).
     compute_dtype is the dtype of activations; tables that are gathered from are stored in it, all else stays fp32.
+    fold_scales multiplies the blocks' output scales into weights, see `Block`.
     Weights are uninitialised until `init_weights`.
     """
 
@@ -35,6 +36,7 @@ class GPT(nn.Module):
         train_length: int,
         max_length: int = 0,
         compute_dtype: torch.dtype = torch.float32,
+        fold_scales: bool = False,
     ):
         super().__init__()
         self.cfg, self.compute_dtype = cfg, compute_dtype
@@ -43,7 +45,7 @@ class GPT(nn.Module):
         block = ParallelBlock if cfg.wiring.parallel else Block
         self.embed = Embed(cfg)
         self.value_table = ValueTable(cfg) if cfg.attn.value_embed else None
-        self.blocks = nn.ModuleList(block(cfg, i) for i in range(cfg.plan.num_layers))
+        self.blocks = nn.ModuleList(block(cfg, i, fold_scales) for i in range(cfg.plan.num_layers))
         joins = sum(step.skip_from is not None for step in self.plan)
         self.skips = Skips(joins, cfg.dim, cfg.plan.skips.gated) if joins else None
         self.backout = Backout(cfg.wiring.backout.init) if cfg.wiring.backout else None

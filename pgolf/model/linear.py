@@ -17,6 +17,9 @@ class Linear(nn.Module):
 
     Slots, both `None` or a module: `quant` maps the weight (fake quantisation), `adapter` adds a low-rank path. Putting
     a module in a slot is visible to torch.compile; flipping a Python flag is not reliably so.
+
+    cast: the compute weight, when somebody keeps one outside the graph (`pgolf.quant.weight_cast`); it then is what the
+    product sees, fake quantisation and row scale included, and what collects the gradient.
     """
 
     roles = {"weight": Role.MATRIX}
@@ -28,6 +31,8 @@ class Linear(nn.Module):
         # registered, so that an emptied slot looks to torch.compile like one that was never filled: no third graph
         self.register_module("quant", None)
         self.register_module("adapter", None)
+        self.register_buffer("cast", None, persistent=False)
+        self.row_scale: tuple[nn.Parameter, ...] = ()  # another module's parameter: in a tuple it is not registered
 
     def init_(self, cfg: InitConfig, gen: torch.Generator) -> None:
         if self.zero:
@@ -38,13 +43,26 @@ class Linear(nn.Module):
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5), generator=gen)
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight as the product sees it: through the quant slot, in `dtype`."""
+        """The weight as the product sees it: through the quant slot, rows scaled, in `dtype`."""
+        if self.cast is not None:
+            return self.cast.to(dtype)
         weight = self.weight if self.quant is None else self.quant(self.weight)
+        for scale in self.row_scale:
+            weight = weight * scale[:, None]
         return weight.to(dtype)
+
+    def fold_(self, scale: nn.Parameter) -> None:
+        """From here on y's channels are scaled by `scale` (out,), through the rows of the weight."""
+        self.row_scale = (scale,)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.effective_weight(x.dtype))
-        return y if self.adapter is None else y + self.adapter(x)
+        if self.adapter is None:
+            return y
+        extra = self.adapter(x)
+        for scale in self.row_scale:
+            extra = extra * scale.to(x.dtype)
+        return y + extra
 
 
 class SideLinear(Linear):

@@ -18,7 +18,8 @@ from pgolf.model.roles import Role
 class Block(nn.Module):
     """u = m0 x + m1 x0;  h = l0 u + a Attn(norm(u));  y = l1 h + b Mlp(norm(h)).
 
-    m (2, D) starts at (1, 0), a and b (D,) at 1; l0, l1 are 1 unless residual lambdas are on.
+    m (2, D) starts at (1, 0), a and b (D,) at 1; l0, l1 are 1 unless residual lambdas are on. With fold_scales a and b
+    are multiplied into the rows of the output projections: the same numbers but for rounding.
     """
 
     roles = {
@@ -28,7 +29,7 @@ class Block(nn.Module):
         "resid_lambda": Role.RESID_LAMBDA,
     }
 
-    def __init__(self, cfg: ModelConfig, index: int):
+    def __init__(self, cfg: ModelConfig, index: int, fold_scales: bool = False):
         super().__init__()
         self.block_index = index
         self.attn = Attention(cfg, index)
@@ -42,6 +43,10 @@ class Block(nn.Module):
         self.sandwich = cfg.wiring.sandwich_norm
         self.norm_scale = 1.0 / math.sqrt(index + 1) if cfg.wiring.ln_scale else 1.0
         self.eps = cfg.norm_eps
+        self.folded = fold_scales
+        if fold_scales:
+            self.attn.out.fold_(self.attn_scale)
+            self.mlp.down.fold_(self.mlp_scale)
 
     def init_(self, cfg: InitConfig, gen: torch.Generator) -> None:
         nn.init.ones_(self.attn_scale)
@@ -55,24 +60,27 @@ class Block(nn.Module):
     def lambdas(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.resid_lambda is None else (self.resid_lambda[0], self.resid_lambda[1])
 
+    def scales(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.folded else (self.attn_scale, self.mlp_scale)
+
     def join(self, terms: list[Tensor], weights: list[Tensor | None]) -> tuple[Tensor, Tensor]:
         return residual(terms, weights, norm_scale=self.norm_scale, eps=self.eps)
 
     def forward(self, x: Tensor, x0: Tensor, ctx: Context) -> Tensor:
-        l0, l1 = self.lambdas()
+        (l0, l1), (a_scale, b_scale) = self.lambdas(), self.scales()
         u, n = self.join([x, x0], [self.resid_mix[0], self.resid_mix[1]])
         a = self.attn(n, ctx)
         if self.sandwich:
             a = rms_norm(a, self.eps)
-        h, n = self.join([u, a], [l0, self.attn_scale])
-        return residual([h, self.mlp(n)], [l1, self.mlp_scale], normalize=False)[0]
+        h, n = self.join([u, a], [l0, a_scale])
+        return residual([h, self.mlp(n)], [l1, b_scale], normalize=False)[0]
 
 
 class ParallelBlock(Block):
     """y = l0 u + a Attn(n) + b Mlp(n), n = norm(u): both sublayers read the same normed input."""
 
-    def __init__(self, cfg: ModelConfig, index: int):
-        super().__init__(cfg, index)
+    def __init__(self, cfg: ModelConfig, index: int, fold_scales: bool = False):
+        super().__init__(cfg, index, fold_scales)
         if self.resid_lambda is not None:  # one add, one lambda
             self.resid_lambda = nn.Parameter(torch.empty(1), requires_grad=self.resid_lambda.requires_grad)
 
@@ -82,7 +90,7 @@ class ParallelBlock(Block):
     def forward(self, x: Tensor, x0: Tensor, ctx: Context) -> Tensor:
         u, n = self.join([x, x0], [self.resid_mix[0], self.resid_mix[1]])
         terms = [u, self.attn(n, ctx), self.mlp(n)]
-        return residual(terms, [self.lambdas()[0], self.attn_scale, self.mlp_scale], normalize=False)[0]
+        return residual(terms, [self.lambdas()[0], *self.scales()], normalize=False)[0]
 
 
 class Skips(nn.Module):

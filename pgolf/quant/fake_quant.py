@@ -34,16 +34,21 @@ def shared(scale_floor: float) -> FakeQuant:
     return FakeQuant(scale_floor)
 
 
+def names_on_grid(infos: list[ParamInfo], cfg: QuantConfig) -> set[str]:
+    """Names of the parameters that training may round to the export's int6 grid."""
+    return {
+        info.name
+        for info in infos
+        if info.role in (Role.MATRIX, Role.SIDE_MATRIX) and kind_of(info.role, info.param.numel(), cfg) == "int6"
+    }
+
+
 def attach(model: nn.Module, infos: list[ParamInfo], cfg: QuantConfig) -> int:
     """Fills the `quant` slot of every module whose MATRIX or SIDE_MATRIX `weight` is exported as int6.
 
     Returns how many slots are filled now; attaching twice changes nothing. Call it outside of compiled code.
     """
-    grid = {
-        info.name
-        for info in infos
-        if info.role in (Role.MATRIX, Role.SIDE_MATRIX) and kind_of(info.role, info.param.numel(), cfg) == "int6"
-    }
+    grid = names_on_grid(infos, cfg)
     count = 0
     for name, module in list(model.named_modules()):
         if hasattr(module, "quant") and f"{name}.weight".lstrip(".") in grid:

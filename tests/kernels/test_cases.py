@@ -5,11 +5,12 @@ import itertools
 
 import pytest
 import torch
-from bench.cases import CASES
-from bench.check import check, evaluate
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.cases import CASES
+from bench.check import check, evaluate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = [
@@ -65,6 +66,7 @@ def test_opcheck(case, size):
 @pytest.mark.parametrize("case, size", ONCE)
 def test_compiled_graph_holds_the_op(case, size):
     """fullgraph=True, eager's numbers, and the op is a node of the forward and (with gradients) the backward graph."""
+    torch._dynamo.reset()  # cases of one op are one function to Dynamo, which gives up after 8 recompilations
     graphs = []
 
     def keep(graph, example_inputs):
