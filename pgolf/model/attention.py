@@ -64,8 +64,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         qkv = self.project(x)
-        q, k = qk_prep(qkv, self.gain, ctx.cos, ctx.sin, num_heads=self.heads, num_kv_heads=self.kv_heads, eps=self.eps)
-        v = qkv[..., qkv.shape[-1] - k.shape[2] * k.shape[3] :].unflatten(-1, k.shape[2:])
+        sizes = {"num_heads": self.heads, "num_kv_heads": self.kv_heads, "eps": self.eps}
+        q, k, v = qk_prep(qkv, self.gain, ctx.cos, ctx.sin, **sizes)
         for feature in self.qkv_features.values():
             q, k, v = feature(q, k, v, ctx)
         y = attention(q, k, v, xsa=self.xsa, cu_seqlens=ctx.cu_seqlens)

@@ -65,13 +65,14 @@ def test_qk_prep_equals_complex_rotation():
     h, kv, d, r, t = 4, 2, 8, 6, 5
     qkv, gain = rand(2, t, (h + 2 * kv) * d, grad=False), rand(h, grad=False)
     angle = torch.rand(t, r // 2, dtype=torch.float64, generator=GEN)
-    q, k = qk_prep(qkv, gain, angle.cos(), angle.sin(), num_heads=h, num_kv_heads=kv, eps=1e-6)
+    q, k, v = qk_prep(qkv, gain, angle.cos(), angle.sin(), num_heads=h, num_kv_heads=kv, eps=1e-6)
     x = qkv[..., : (h + kv) * d].view(2, t, h + kv, d)
     x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     z = torch.complex(x[..., : r // 2], x[..., r // 2 : r]) * torch.exp(-1j * angle)[:, None]
     want = torch.cat([z.real, z.imag, x[..., r:]], -1)
     torch.testing.assert_close(k, want[:, :, h:], rtol=0, atol=1e-12)
     torch.testing.assert_close(q, want[:, :, :h] * gain[:, None], rtol=0, atol=1e-12)
+    assert torch.equal(v, qkv[..., (h + kv) * d :].view(2, t, kv, d))
 
 
 def test_bigram_hash_equals_int32_arithmetic():
