@@ -24,10 +24,16 @@ def find(inputs: Inputs, path: str) -> Tensor:
     return inputs[name][int(index)] if index else inputs[name]
 
 
-def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The inputs with every floating tensor in `dtype`, detached."""
-    one = lambda t: t.detach().to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
-    return pytree.tree_map(one, inputs)
+def copies(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
+    """Fresh detached inputs, floating ones in `dtype` if given. A tensor that is there twice stays one tensor."""
+    made: dict[int, Tensor] = {}
+
+    def one(t: Tensor) -> Tensor:
+        if id(t) not in made:
+            made[id(t)] = t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype, copy=True)
+        return made[id(t)]
+
+    return pytree.tree_map_only(Tensor, one, inputs)
 
 
 def outputs(out: Any) -> list[Tensor]:
@@ -63,26 +69,22 @@ def evaluate(case: Case, fn: Any, inputs: Inputs, grad_of: list[Tensor | None] |
 def check(case: Case, size: str, device: str, dtype: torch.dtype, seed: int = 0) -> dict[str, tuple[float, float]]:
     """{what: (error, what is allowed)}. Raises AssertionError on the first value that is wrong, missing or NaN."""
     inputs = case.make(size, device, dtype, seed)
-    yardstick = evaluate(case, case.ref, cast(inputs, dtype) if case.exact else _own_dtypes(inputs))
-    got = evaluate(case, case.fn, _own_dtypes(inputs))
+    yardstick = evaluate(case, case.ref, copies(inputs, dtype if case.exact else None))
+    got = evaluate(case, case.fn, copies(inputs))
     assert got.keys() == yardstick.keys(), f"{case.id}: got {sorted(got)}, expected {sorted(yardstick)}"
     truth = yardstick if case.exact else _truth(case, inputs)
     return {what: _judge(case, what, got[what], yardstick[what], truth[what], dtype) for what in got}
-
-
-def _own_dtypes(inputs: Inputs) -> Inputs:
-    return pytree.tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, inputs)
 
 
 def _truth(case: Case, inputs: Inputs) -> Named:
     grad_of = None
     if case.grads:  # the same cotangents, rounded as the kernel sees them
         with torch.enable_grad():
-            probe = _own_dtypes(inputs)
+            probe = copies(inputs)
             for path in case.grads:
                 find(probe, path).requires_grad_(True)
             grad_of = cotangents(outputs(case.ref(**probe)))
-    return evaluate(case, case.ref, cast(inputs, torch.float64), grad_of)
+    return evaluate(case, case.ref, copies(inputs, torch.float64), grad_of)
 
 
 def _judge(case: Case, what: str, got: Tensor, ref: Tensor, truth: Tensor, dtype: torch.dtype) -> tuple[float, float]:

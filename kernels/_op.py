@@ -9,7 +9,7 @@ and `bench/static.py` compiles just those.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,13 +25,14 @@ SM_COUNT = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # multiproce
 
 # -- kernel or reference ---------------------------------------------------------------------------------------------
 
-PATHS: dict[str, str] = {}  # op -> "triton" | "reference"; an op that is not here goes by its tensors' device
+# op -> "triton" | "reference", for attention also a library's kernel; an op not here goes by its tensors' device
+PATHS: dict[str, str] = {}
 
 
 def use_kernel(op: str, x: Tensor) -> bool:
     """Whether `op` runs its kernel on x. Unless PATHS says otherwise: on a GPU always, on a CPU never."""
     path = PATHS.get(op)
-    return (x.is_cuda or (x.is_meta and bool(_recordings))) if path is None else path == "triton"
+    return (x.is_cuda or (x.is_meta and bool(_recordings))) if path is None else path != "reference"
 
 
 @contextmanager
@@ -112,7 +113,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, how: Launch, **consta
     if _recordings:
         _recordings[-1].launches.append(Recorded(kernel, grid, args, how, constants))
         return
-    device = next(a.device for a in args if isinstance(a, Tensor))
+    tensors = (getattr(a, "base", a) for a in args)  # a TensorDescriptor's base is the tensor that it describes
+    device = next(t.device for t in tensors if isinstance(t, Tensor))
     if device.type != "cuda" and not isinstance(kernel, Missing) and isinstance(kernel, triton.JITFunction):
         raise ValueError(
             f"{kernel.__name__}: got tensors on {device}, expected cuda; set TRITON_INTERPRET=1 before the first import"
@@ -140,10 +142,13 @@ class Recording:
 
     arch: int
     launches: list[Recorded] = field(default_factory=list)
+    watch: Callable[[str], AbstractContextManager] = nullcontext  # entered around each op's body, with its name
 
     def run(self, body: Callable, fake: Callable, args: tuple) -> Any:
         """Runs an op's body on meta tensors and holds its fake to the same outputs."""
-        real, promised = body(*args), fake(*args)
+        with self.watch(body.__name__.strip("_")):
+            real = body(*args)
+        promised = fake(*args)
         if _layouts(real) != _layouts(promised):
             raise AssertionError(f"{body.__name__}: fake promises {_layouts(promised)}, the op gives {_layouts(real)}")
         return real
@@ -153,9 +158,9 @@ _recordings: list[Recording] = []
 
 
 @contextmanager
-def recording(arch: int) -> Iterator[Recording]:
+def recording(arch: int, **options: Any) -> Iterator[Recording]:
     """Inside, ops on meta tensors run their bodies and record launches as on sm_<arch>; nothing is computed."""
-    _recordings.append(Recording(arch))
+    _recordings.append(Recording(arch, **options))
     try:
         yield _recordings[-1]
     finally:

@@ -6,7 +6,8 @@
 Every join of the network is this one op: input mix (x, x0), attention add, MLP add, U-Net skip. The norm is taken of
 the *rounded* sum that is returned, so forward and backward see the same tensor; the mean is accumulated in fp32.
 
-terms: 1 to 4 tensors (..., D), one dtype. weights: per term `None` (1), a (D,) vector or a scalar tensor, fp32.
+terms: 1 to 4 tensors (..., D), one dtype. weights: per term `None` (1), a (D,) vector or a scalar tensor, fp32; terms
+that are given the same tensor share it, and their gradient is one tensor.
 Returns (out, normed); `normed` is None with `normalize=False`.
 
 Kernel: one pass each way. The sum is rounded once (the reference rounds after each term). Backward reads the terms,
@@ -109,7 +110,8 @@ def _term_grad(t, w, dt, acc, d, at, j, mask, cols, WS: tl.constexpr):
     if w is not None:
         wide = tl.load(w + j * WS, mask=cols, other=0.0).to(tl.float32)[None, :]
         acc += tl.sum(d * tl.load(t + at, mask=mask, other=0.0).to(tl.float32), axis=0)
-        tl.store(dt + at, (wide * d).to(dt.dtype.element_ty), mask=mask)
+        if dt is not None:  # else another term has the same weight, and so the same gradient
+            tl.store(dt + at, (wide * d).to(dt.dtype.element_ty), mask=mask)
     return acc
 
 
@@ -157,32 +159,29 @@ def _residual_bwd_kernel(
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------
+# `weights` holds each distinct weight once. `index` says which term has which: octal digit i is 0 for an unweighted
+# term i, else 1 + the place in `weights`. Terms of one weight have one gradient, which is written once.
 
 
-def _where(weighted: int) -> list[int]:
-    """The terms that have a weight: bit i of `weighted` stands for term i."""
-    return [i for i in range(MAX_TERMS) if weighted >> i & 1]
+def _weight_of(index: int, count: int) -> list[int]:
+    """For each of `count` terms the place of its weight, -1 without one."""
+    return [(index >> 3 * i & 7) - 1 for i in range(count)]
 
 
-def _slots(terms: list[Tensor], weights: list[Tensor], weighted: int) -> tuple[list, list, dict[str, int]]:
+def _slots(terms: Sequence[Tensor], weights: Sequence[Tensor], index: int) -> tuple[list, list, dict[str, int]]:
     """Terms and weights by position, None where there is none, and each weight's step along the width."""
-    spread: list[Tensor | None] = [None] * MAX_TERMS
-    for i, weight in zip(_where(weighted), weights, strict=True):
-        spread[i] = weight.contiguous()
+    padding = [None] * (MAX_TERMS - len(terms))
+    own = [w.contiguous() for w in weights]
+    spread = [None if k < 0 else own[k] for k in _weight_of(index, len(terms))] + padding
     steps = {f"WS{i}": int(w is not None and w.ndim == 1) for i, w in enumerate(spread)}
-    return [t.contiguous() for t in terms] + [None] * (MAX_TERMS - len(terms)), spread, steps
+    return [t.contiguous() for t in terms] + padding, spread, steps
 
 
 def _residual(
-    terms: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    weighted: int,
-    norm_scale: float,
-    eps: float,
-    normalize: bool,
+    terms: Sequence[Tensor], weights: Sequence[Tensor], index: int, norm_scale: float, eps: float, normalize: bool
 ) -> list[Tensor]:
     """[out] or [out, normed, rstd]; without `out` when it would be terms[0] itself."""
-    ts, ws, steps = _slots(terms, weights, weighted)
+    ts, ws, steps = _slots(terms, weights, index)
     width = terms[0].shape[-1]
     rows = terms[0].numel() // max(width, 1)
     out, normed, rstd = _outputs(terms, weights, normalize)
@@ -201,7 +200,7 @@ def _outputs(terms: Sequence[Tensor], weights: Sequence[Tensor], normalize: bool
     return [out, new(), torch.empty(terms[0].shape[:-1], dtype=torch.float32, device=terms[0].device)]
 
 
-def _residual_fake(terms, weights, weighted, norm_scale, eps, normalize):
+def _residual_fake(terms, weights, index, norm_scale, eps, normalize):
     return [o for o in _outputs(terms, weights, normalize) if o is not None]
 
 
@@ -212,40 +211,50 @@ def _residual_bwd(
     rstd: Tensor | None,
     terms: Sequence[Tensor],
     weights: Sequence[Tensor],
-    weighted: int,
+    index: int,
     norm_scale: float,
 ) -> list[Tensor]:
-    """[gradient of each weighted term], [gradient of each weight], then that of all unweighted terms if there are."""
-    ts, ws, steps = _slots(terms, weights, weighted)
+    """[gradient of each weight's terms], [gradient of each weight], then that of all unweighted terms if there are."""
+    ts, ws, steps = _slots(terms, weights, index)
     width = out.shape[-1]
     rows = out.numel() // max(width, 1)
-    dts, plain = _term_grads(terms, weights)
+    owner = _weight_of(index, len(terms))
+    dts, plain = _term_grads(terms, weights, owner)
     how = tuned("residual_bwd", out, f"D{pow2(width)}")
     programs = max(1, min(cdiv(rows, how.blocks["BLOCK_T"]), 2 * sm_count(out)))
-    partial = torch.empty((len(weights), programs, width), dtype=torch.float32, device=out.device)
-    by_slot = dict(zip(_where(weighted), dts, strict=True))
-    slots = [by_slot.get(i) for i in range(MAX_TERMS)]
+    weighted = [k for k in owner if k >= 0]
+    partial = torch.empty((len(weighted), programs, width), dtype=torch.float32, device=out.device)
+    first = [dts[k] if k >= 0 and owner.index(k) == i else None for i, k in enumerate(owner)]
     grads = [g if g is None else g.contiguous() for g in (dout, dnormed)]
+    slots = first + [None] * (MAX_TERMS - len(terms))
     args = (*grads, out.contiguous(), rstd, *ts, *ws, *slots, plain, partial, rows, norm_scale)
     launch(_residual_bwd_kernel, (programs,), *args, how=how, D=width, BLOCK_D=pow2(width), **steps)
-    sums = partial.sum(1)
-    dws = [(s if w.ndim else s.sum()).to(w.dtype) for s, w in zip(sums.unbind(), weights, strict=True)]
-    return [*dts, *(w.clone() for w in dws), *([] if plain is None else [plain])]
+    return [*dts, *_weight_grads(partial.sum(1), weights, weighted), *([] if plain is None else [plain])]
 
 
-def _term_grads(terms: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+def _weight_grads(sums: Tensor, weights: Sequence[Tensor], weighted: list[int]) -> list[Tensor]:
+    """Column sums (weighted terms, D) -> a gradient for each weight: over its terms, and over D for a scalar."""
+    out = []
+    for place, w in enumerate(weights):
+        mine = [sums[i] for i, k in enumerate(weighted) if k == place]
+        total = torch.stack(mine).sum(0) if len(mine) > 1 else mine[0].clone()  # an output may not be a view
+        out.append((total if w.ndim else total.sum()).to(w.dtype))
+    return out
+
+
+def _term_grads(terms: Sequence[Tensor], weights: Sequence[Tensor], owner: list[int]):
     new = lambda: torch.empty_like(terms[0], memory_format=torch.contiguous_format)
-    return [new() for _ in weights], new() if len(weights) < len(terms) else None
+    return [new() for _ in weights], new() if -1 in owner else None
 
 
-def _residual_bwd_fake(dout, dnormed, out, rstd, terms, weights, weighted, norm_scale):
-    dts, plain = _term_grads(terms, weights)
+def _residual_bwd_fake(dout, dnormed, out, rstd, terms, weights, index, norm_scale):
+    dts, plain = _term_grads(terms, weights, _weight_of(index, len(terms)))
     dws = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
     return [*dts, *dws, *([] if plain is None else [plain])]
 
 
 def _setup(ctx, inputs, output):
-    terms, weights, ctx.weighted, ctx.norm_scale, _, ctx.normalize = inputs
+    terms, weights, ctx.index, ctx.norm_scale, _, ctx.normalize = inputs
     ctx.count, ctx.has_out = len(terms), len(terms) > 1 or len(weights) > 0
     kept = output if ctx.has_out else [terms[0], *output]
     ctx.set_materialize_grads(False)
@@ -259,11 +268,9 @@ def _backward(ctx, grads):
     dnormed = grads[1 if ctx.has_out else 0] if ctx.normalize else None
     if dout is None and dnormed is None:
         return [None] * ctx.count, [None] * len(weights), None, None, None, None
-    got = _bwd_op(dout, dnormed, out, rstd, terms, weights, ctx.weighted, ctx.norm_scale)
+    got = _bwd_op(dout, dnormed, out, rstd, terms, weights, ctx.index, ctx.norm_scale)
     n = len(weights)
-    dterms = [got[-1]] * ctx.count  # all unweighted terms share one gradient
-    for i, grad in zip(_where(ctx.weighted), got, strict=False):
-        dterms[i] = grad
+    dterms = [got[k] for k in _weight_of(ctx.index, ctx.count)]  # -1: the last, that of unweighted terms
     return dterms, list(got[n : 2 * n]), None, None, None, None
 
 
@@ -286,11 +293,15 @@ def residual(
     check_kernel_dtype("residual", terms=terms[0])
     if terms[0].shape[-1] > MAX_WIDTH:
         raise ValueError(f"residual: width {terms[0].shape[-1]}, expected at most {MAX_WIDTH} for the kernel")
-    given = [w for w in weights if w is not None]
+    given, index = [], 0
+    for i, weight in enumerate(weights):
+        if weight is not None:
+            place = next((k for k, seen in enumerate(given) if seen is weight), len(given))
+            given += [weight] * (place == len(given))
+            index |= (place + 1) << 3 * i
     if len(terms) == 1 and not given and not normalize:
         return terms[0], None
-    weighted = sum(1 << i for i, w in enumerate(weights) if w is not None)
-    got = _op(list(terms), given, weighted, norm_scale, eps, normalize)
+    got = _op(list(terms), given, index, norm_scale, eps, normalize)
     if len(terms) == 1 and not given:
         return terms[0], got[0]
     return got[0], got[1] if normalize else None

@@ -16,13 +16,14 @@ SIZES = {
 
 
 def inputs(weights: str, normalize: bool):
-    """weights: a letter a term: n none, v a (D,) vector, s a scalar."""
+    """weights: a letter a term: n none, v a (D,) vector, s a scalar, = the weight of the term before."""
 
     def build(make: Make, b: int, t: int, d: int) -> dict:
         of = {"n": lambda: None, "v": lambda: make.param(d), "s": lambda: make.param()}
+        own = [of[w]() for w in weights.replace("=", "n")]
         return {
             "terms": [make.randn(b, t, d) for _ in weights],
-            "weights": [of[w]() for w in weights],
+            "weights": [own[i - 1] if w == "=" else own[i] for i, w in enumerate(weights)],
             "norm_scale": 0.5,
             "eps": 1e-6,
             "normalize": normalize,
@@ -34,13 +35,14 @@ def inputs(weights: str, normalize: bool):
 def case(name: str, weights: str, normalize: bool = True, preset: bool = True) -> Case:
     """preset: whether one of the presets joins like this; only then it is compiled ahead of time and timed."""
     weighted = [i for i, w in enumerate(weights) if w != "n"]
-    terms, plain, outs = len(weights), int(len(weighted) < len(weights)), 1 + normalize
+    owners = [i for i in weighted if weights[i] != "="]
+    terms, plain, outs = len(weights), int("n" in weights), 1 + normalize
 
     def traffic(b: int, t: int, d: int, item: int) -> tuple[int, int]:
         """Forward reads the terms and writes the outputs; backward reads both gradients, the sum and the weighted
-        terms and writes a gradient a weighted term and one for all others."""
+        terms and writes a gradient a weight and one for all others."""
         stream = b * t * d * item
-        return stream * (terms + outs), stream * (outs + normalize + 2 * len(weighted) + plain)
+        return stream * (terms + outs), stream * (outs + normalize + len(weighted) + len(owners) + plain)
 
     return Case(
         op="residual",
@@ -49,19 +51,23 @@ def case(name: str, weights: str, normalize: bool = True, preset: bool = True) -
         fn=residual,
         ref=residual_ref,
         sizes={name: size for name, size in SIZES.items() if preset or name != PRODUCTION},
-        grads=tuple([f"terms.{i}" for i in range(terms)] + [f"weights.{i}" for i in weighted]),
+        grads=tuple([f"terms.{i}" for i in range(terms)] + [f"weights.{i}" for i in owners]),
         traffic=traffic,
     )
 
 
 CASES = [
-    case("mix", "vv"),
+    case("mix", "vvv"),
+    case("mix_folded", "v=v"),
+    case("mix_skip", "vvvv"),
+    case("mix_after_kept", "vv"),
     case("add", "nv"),
-    case("add_lambda", "sv"),
-    case("skip", "nv", normalize=False),
-    case("skip_gated", "vv", normalize=False, preset=False),
-    case("parallel", "svv", normalize=False),
     case("add_folded", "nn"),
+    case("add_lambda", "sv"),
+    case("kept", "nv", normalize=False),
+    case("shared", "v=sn", preset=False),
+    case("skip_gated", "vv", normalize=False, preset=False),
+    case("parallel", "svv", normalize=False, preset=False),
     case("four", "vnsv", preset=False),
     case("norm_only", "n"),
 ]

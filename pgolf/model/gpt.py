@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from pgolf.data.batch import Batch
 from pgolf.kernels.cross_entropy import cross_entropy
-from pgolf.kernels.residual import rms_norm
 from pgolf.model import plan
 from pgolf.model.attention import rope_tables
 from pgolf.model.config import ModelConfig
@@ -17,6 +16,7 @@ from pgolf.model.embed import Embed
 from pgolf.model.features.value_embed import ValueTable
 from pgolf.model.linear import HeadLinear
 from pgolf.model.roles import Role, roles_of
+from pgolf.model.stream import Stream
 from pgolf.model.wiring import Backout, Block, ParallelBlock, Skips
 
 
@@ -81,17 +81,19 @@ class GPT(nn.Module):
         ctx = Context(ids, cos, sin, batch.cu_seqlens)
         if self.value_table is not None:
             ctx.value_embed = self.value_table(ids, self.compute_dtype)
-        x0 = x = self.embed(ids, self.compute_dtype)
+        x0 = self.embed(ids, self.compute_dtype)
+        x = Stream.of(x0)
         kept: dict[int, Tensor] = {}
         for step in self.plan:
             if step.skip_from is not None:
                 x = self.skips(x, kept[step.skip_from], step.skip_row)
             x = self.blocks[step.block](x, x0, ctx)
             if step.keep:
-                kept[step.slot] = x
+                kept[step.slot] = x.sum()
+                x = Stream.of(kept[step.slot])
         if self.backout is not None:
             x = self.backout(x, kept[self.cfg.wiring.backout.layer])
-        return rms_norm(x, self.cfg.norm_eps)
+        return x.normed(self.cfg.norm_eps)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, V), before the softcap."""

@@ -1,4 +1,4 @@
-"""How sublayers, skips and blocks are joined. Every join is the `residual` op."""
+"""How sublayers, skips and blocks are joined. Every join is the `residual` op, through `Stream`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pgolf.kernels.residual import residual, rms_norm
+from pgolf.kernels.residual import rms_norm
 from pgolf.model.attention import Attention
 from pgolf.model.config import InitConfig, ModelConfig
 from pgolf.model.context import Context
 from pgolf.model.mlp import ACTIVATIONS
 from pgolf.model.roles import Role
+from pgolf.model.stream import Stream
 
 
 class Block(nn.Module):
@@ -63,17 +64,18 @@ class Block(nn.Module):
     def scales(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.folded else (self.attn_scale, self.mlp_scale)
 
-    def join(self, terms: list[Tensor], weights: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-        return residual(terms, weights, norm_scale=self.norm_scale, eps=self.eps)
+    def mix(self, x: Stream, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """u and its norm."""
+        return x.times(self.resid_mix[0]).plus(x0, self.resid_mix[1]).normed(self.eps, self.norm_scale)
 
-    def forward(self, x: Tensor, x0: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Stream, x0: Tensor, ctx: Context) -> Stream:
         (l0, l1), (a_scale, b_scale) = self.lambdas(), self.scales()
-        u, n = self.join([x, x0], [self.resid_mix[0], self.resid_mix[1]])
+        u, n = self.mix(x, x0)
         a = self.attn(n, ctx)
         if self.sandwich:
             a = rms_norm(a, self.eps)
-        h, n = self.join([u, a], [l0, a_scale])
-        return residual([h, self.mlp(n)], [l1, b_scale], normalize=False)[0]
+        h, n = Stream((u, a), (l0, a_scale)).normed(self.eps, self.norm_scale)
+        return Stream((h, self.mlp(n)), (l1, b_scale))
 
 
 class ParallelBlock(Block):
@@ -87,10 +89,9 @@ class ParallelBlock(Block):
     def lambdas(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.resid_lambda is None else (self.resid_lambda[0], None)
 
-    def forward(self, x: Tensor, x0: Tensor, ctx: Context) -> Tensor:
-        u, n = self.join([x, x0], [self.resid_mix[0], self.resid_mix[1]])
-        terms = [u, self.attn(n, ctx), self.mlp(n)]
-        return residual(terms, [self.lambdas()[0], *self.scales()], normalize=False)[0]
+    def forward(self, x: Stream, x0: Tensor, ctx: Context) -> Stream:
+        u, n = self.mix(x, x0)
+        return Stream((u, self.attn(n, ctx), self.mlp(n)), (self.lambdas()[0], *self.scales()))
 
 
 class Skips(nn.Module):
@@ -111,11 +112,11 @@ class Skips(nn.Module):
         if self.gate is not None:
             nn.init.zeros_(self.gate)
 
-    def forward(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
+    def forward(self, x: Stream, skip: Tensor, row: int) -> Stream:
         if self.gate is None:
-            return residual([x, skip], [None, self.weight[row]], normalize=False)[0]
+            return x.plus(skip, self.weight[row])
         g = torch.sigmoid(self.gate[row])
-        return residual([x, skip], [g, (1 - g) * self.weight[row]], normalize=False)[0]
+        return x.times(g).plus(skip, (1 - g) * self.weight[row])
 
 
 class Backout(nn.Module):
@@ -131,5 +132,5 @@ class Backout(nn.Module):
     def init_(self, cfg: InitConfig, gen: torch.Generator) -> None:
         nn.init.constant_(self.beta, self.beta_init)
 
-    def forward(self, x: Tensor, cached: Tensor) -> Tensor:
-        return residual([x, cached], [None, -self.beta], normalize=False)[0]
+    def forward(self, x: Stream, cached: Tensor) -> Stream:
+        return x.plus(cached, -self.beta)
