@@ -29,7 +29,8 @@ class Runtime:
     device: torch.device
     dtype: Choice  # "fp32" | "bf16"
     compile: Choice  # "on" | "off"
-    kernels: dict[str, Choice]  # op -> path, see pgolf/kernels/_op.py
+    kernels: dict[str, Choice]  # op -> "triton" | "reference", for attention the back end of the presets' shapes
+    paths: dict[str, str]  # the same as pgolf.kernels._op takes it
     weight_cast: Choice  # "on" | "off"
 
     @property
@@ -70,8 +71,13 @@ def choose(
     ops: op -> "auto" (what default_path says), "triton", "reference"; for attention also a library's kernel.
     """
     cuda = device.type == "cuda"
-    paths = {op: _path(device, op, default_path if asked == "auto" else asked) for op, asked in (ops or {}).items()}
-    return Runtime(device, _dtype(device, dtype), _compile(cuda, compile), paths, _weight_cast(cuda, weight_cast))
+    chosen = {op: _path(device, op, asked, default_path) for op, asked in (ops or {}).items()}
+    paths = {op: choice.value for op, choice in chosen.items()}
+    if paths.get("attention") in ("fa3", "cudnn") and ops["attention"] == "auto":
+        paths["attention"] = "auto"  # by call: another length or head width may need another back end
+    return Runtime(
+        device, _dtype(device, dtype), _compile(cuda, compile), chosen, paths, _weight_cast(cuda, weight_cast)
+    )
 
 
 def _dtype(device: torch.device, asked: str) -> Choice:
@@ -101,19 +107,23 @@ def _weight_cast(cuda: bool, asked: str) -> Choice:
     return Choice("on", "GPU") if cuda else Choice("off", "on a CPU weights are used in fp32, as they are")
 
 
-def _path(device: torch.device, op: str, asked: str) -> Choice:
+def _path(device: torch.device, op: str, asked: str, default: str) -> Choice:
     """Kernel or reference for one op."""
-    cuda = device.type == "cuda"
-    if asked == "reference":
+    wanted = default if asked == "auto" else asked
+    if wanted == "reference":
         return Choice("reference", "asked for")
-    if asked in ("fa3", "cudnn") or (op == "attention" and cuda and not _no_kernels(device)):
-        return Choice(*attention.explain(device, asked))
     why_not = _no_kernels(device)
-    if asked == "auto":
-        return Choice("reference", why_not) if why_not else Choice("triton", "GPU")
-    if why_not and not (_interpreting() and triton is not None):
-        raise SetupError(f"kernels.{op}={asked}: {why_not}; use kernels.{op}=reference or auto")
-    return Choice(asked, "asked for" if cuda else "asked for, in Triton's interpreter")
+    if wanted == "auto" and why_not:
+        return Choice("reference", why_not)
+    if why_not and not _interpreting():
+        raise SetupError(f"kernels.{op}={wanted}: {why_not}; use kernels.{op}=reference or auto")
+    if op == "attention" and (device.type == "cuda" or asked in ("fa3", "cudnn")):
+        try:
+            return Choice(*attention.explain(device, asked))
+        except ValueError as err:
+            raise SetupError(f"kernels.{op}={asked}: {err}") from err
+    interpreted = ", in Triton's interpreter" if why_not else ""
+    return Choice("triton", "GPU" if wanted == "auto" else "asked for" + interpreted)
 
 
 def _interpreting() -> bool:

@@ -282,7 +282,7 @@ def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: floa
         log.line(line, console=False)
     per_rank = f"{trainer.loader.micro_steps} micro-batches per rank and step"
     log.line(f"world_size:{dist.world_size} tokens per step:{trainer.loader.tokens_per_step} ({per_rank})")
-    with paths(**{op: choice.value for op, choice in trainer.runtime.kernels.items()}):
+    with paths(**trainer.runtime.paths):
         with log.phase("warmup", ledger):
             trainer.warm_up()
         with log.phase("train", ledger):

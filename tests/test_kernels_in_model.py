@@ -175,3 +175,42 @@ def test_kernels_on_a_plain_cpu_are_refused(monkeypatch):
     monkeypatch.setattr(runtime, "_interpreting", lambda: False)
     with pytest.raises(SetupError, match=r"kernels.mlp=triton: kernels need a GPU.*use kernels.mlp=reference or auto"):
         runtime.choose(CPU, ops={"mlp": "triton"})
+
+
+def as_h100(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(runtime, "device_name", lambda device: "H100")
+    return torch.device("cuda", 0)
+
+
+def test_gpu_choices(monkeypatch):
+    """Kernels on, attention on a library's core and by call, weights cast outside the graph; every reason is printed."""
+    device = as_h100(monkeypatch)
+    chosen = runtime.choose(device, ops=KernelsConfig().ops())
+    assert chosen.dtype.value == "bf16" and chosen.compile.value == chosen.weight_cast.value == "on"
+    assert chosen.kernels["attention"].value in ("fa3", "cudnn") and chosen.paths["attention"] == "auto"
+    assert {c.value for op, c in chosen.kernels.items() if op != "attention"} == {"triton"}
+    assert any(
+        line.startswith(f"kernels (attention): {chosen.kernels['attention'].value} (") for line in chosen.lines()
+    )
+    own = runtime.choose(device, ops=KernelsConfig(attention="triton").ops())
+    assert own.paths["attention"] == own.kernels["attention"].value == "triton"
+    plain = runtime.choose(device, default_path="reference", ops=KernelsConfig(mlp="triton").ops())
+    assert plain.paths["attention"] == "reference" and plain.paths["mlp"] == "triton"
+
+
+def test_gpu_without_triton_says_so(monkeypatch):
+    """Never a silent slow path: the reason names the package; asking for kernels is an error."""
+    device = as_h100(monkeypatch)
+    monkeypatch.setattr(runtime, "triton", None)
+    chosen = runtime.choose(device, ops=KernelsConfig().ops())
+    assert {c.value for c in chosen.kernels.values()} == {"reference"}
+    assert "pip install 'pgolf[cuda]'" in "\n".join(chosen.lines())
+    with pytest.raises(SetupError, match="triton is not installed"):
+        runtime.choose(device, default_path="triton", ops=KernelsConfig().ops())
+
+
+def test_a_back_end_that_cannot_run_is_a_setup_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    with pytest.raises(SetupError, match=r"kernels.attention=fa3: .*compute capability 9.0"):
+        runtime.choose(torch.device("cuda", 0), ops=KernelsConfig(attention="fa3").ops())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, block: int):
         super().__init__()
         self.heads, self.kv_heads, self.eps = cfg.attn.num_heads, cfg.attn.num_kv_heads, cfg.norm_eps
-        self.gain_init = cfg.attn.qk_gain_init
+        self.gain_init, self.bound = cfg.attn.qk_gain_init, math.sqrt(cfg.head_dim)
         kv_width = self.kv_heads * cfg.head_dim
         self.q = Linear(cfg.dim, cfg.dim)  # three weights, one product: Muon orthogonalises q, k and v on their own
         self.k = Linear(cfg.dim, kv_width)
@@ -68,7 +70,8 @@ class Attention(nn.Module):
         q, k, v = qk_prep(qkv, self.gain, ctx.cos, ctx.sin, **sizes)
         for feature in self.qkv_features.values():
             q, k, v = feature(q, k, v, ctx)
-        y = attention(q, k, v, xsa=self.xsa, cu_seqlens=ctx.cu_seqlens)
+        bound = self.gain.detach().abs() * self.bound  # |q| <= gain sqrt(d) and |k| <= sqrt(d), divided by sqrt(d)
+        y = attention(q, k, v, xsa=self.xsa, cu_seqlens=ctx.cu_seqlens, logit_bound=bound)
         return self.out(y.flatten(2))
 
 
