@@ -180,11 +180,13 @@ def test_kernels_on_a_plain_cpu_are_refused(monkeypatch):
 def as_h100(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(runtime, "device_name", lambda device: "H100")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     return torch.device("cuda", 0)
 
 
 def test_gpu_choices(monkeypatch):
-    """Kernels on, attention on a library's core and by call, weights cast outside the graph; every reason is printed."""
+    """Kernels on, attention on a library's core and by call, weights cast outside the graph; reasons are printed."""
     device = as_h100(monkeypatch)
     chosen = runtime.choose(device, ops=KernelsConfig().ops())
     assert chosen.dtype.value == "bf16" and chosen.compile.value == chosen.weight_cast.value == "on"
