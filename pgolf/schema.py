@@ -57,13 +57,13 @@ class KernelsConfig:
 
     default: str = "auto"  # of every op: auto (Triton with a GPU), triton, reference (plain torch)
     attention: str = "auto"  # also a library's kernel: fa3, cudnn
-    bigram: str = "auto"
-    cross_entropy: str = "auto"
-    int6: str = "auto"
-    mlp: str = "auto"
-    newton_schulz: str = "auto"
-    qk_prep: str = "auto"
-    residual: str = "auto"
+    bigram: str = "auto"  # front of the network: embeddings, hashed n-grams, norm, smear
+    cross_entropy: str = "auto"  # softcapped loss
+    int6: str = "auto"  # fake quantisation and the weight cast
+    mlp: str = "auto"  # up projection with its activation, and its derivative
+    newton_schulz: str = "auto"  # Muon's orthogonalisation
+    qk_prep: str = "auto"  # qk-norm, rotary embedding, gain
+    residual: str = "auto"  # sums of streams and RMS norms
     # Casts matrices to the activations' dtype once a step, outside the compiled graph, where late QAT is an argument
     # of the cast and no second graph: auto (with a GPU), on, off
     weight_cast: str = "auto"
