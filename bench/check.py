@@ -69,8 +69,12 @@ def evaluate(case: Case, fn: Any, inputs: Inputs, grad_of: list[Tensor | None] |
 def check(case: Case, size: str, device: str, dtype: torch.dtype, seed: int = 0) -> dict[str, tuple[float, float]]:
     """{what: (error, what is allowed)}. Raises AssertionError on the first value that is wrong, missing or NaN."""
     inputs = case.make(size, device, dtype, seed)
+    return judge(case, evaluate(case, case.fn, copies(inputs)), inputs, dtype)
+
+
+def judge(case: Case, got: Named, inputs: Inputs, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """`check` of what `evaluate` found for `inputs`."""
     yardstick = evaluate(case, case.ref, copies(inputs, dtype if case.exact else None))
-    got = evaluate(case, case.fn, copies(inputs))
     assert got.keys() == yardstick.keys(), f"{case.id}: got {sorted(got)}, expected {sorted(yardstick)}"
     truth = yardstick if case.exact else _truth(case, inputs)
     return {what: _judge(case, what, got[what], yardstick[what], truth[what], dtype) for what in got}

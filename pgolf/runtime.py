@@ -13,6 +13,8 @@ from pgolf.errors import SetupError
 from pgolf.kernels import attention
 from pgolf.kernels._triton import triton
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -35,7 +37,7 @@ class Runtime:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype.value]
+        return DTYPES[self.dtype.value]
 
     def lines(self) -> list[str]:
         """One line a choice, for the log; ops that share path and reason share a line."""
@@ -71,13 +73,13 @@ def choose(
     ops: op -> "auto" (what default_path says), "triton", "reference"; for attention also a library's kernel.
     """
     cuda = device.type == "cuda"
-    chosen = {op: _path(device, op, asked, default_path) for op, asked in (ops or {}).items()}
+    in_dtype = _dtype(device, dtype)
+    numbers = DTYPES[in_dtype.value]
+    chosen = {op: _path(device, op, asked, default_path, numbers) for op, asked in (ops or {}).items()}
     paths = {op: choice.value for op, choice in chosen.items()}
     if paths.get("attention") in ("fa3", "cudnn") and ops["attention"] == "auto":
         paths["attention"] = "auto"  # by call: another length or head width may need another back end
-    return Runtime(
-        device, _dtype(device, dtype), _compile(cuda, compile), chosen, paths, _weight_cast(cuda, weight_cast)
-    )
+    return Runtime(device, in_dtype, _compile(cuda, compile), chosen, paths, _weight_cast(cuda, weight_cast))
 
 
 def _dtype(device: torch.device, asked: str) -> Choice:
@@ -107,7 +109,7 @@ def _weight_cast(cuda: bool, asked: str) -> Choice:
     return Choice("on", "GPU") if cuda else Choice("off", "on a CPU weights are used in fp32, as they are")
 
 
-def _path(device: torch.device, op: str, asked: str, default: str) -> Choice:
+def _path(device: torch.device, op: str, asked: str, default: str, dtype: torch.dtype) -> Choice:
     """Kernel or reference for one op."""
     wanted = default if asked == "auto" else asked
     if wanted == "reference":
@@ -119,7 +121,7 @@ def _path(device: torch.device, op: str, asked: str, default: str) -> Choice:
         raise SetupError(f"kernels.{op}={wanted}: {why_not}; use kernels.{op}=reference or auto")
     if op == "attention" and (device.type == "cuda" or asked in ("fa3", "cudnn")):
         try:
-            return Choice(*attention.explain(device, asked))
+            return Choice(*attention.explain(device, asked, dtype=dtype))
         except ValueError as err:
             raise SetupError(f"kernels.{op}={asked}: {err}") from err
     interpreted = ", in Triton's interpreter" if why_not else ""

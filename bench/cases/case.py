@@ -58,6 +58,7 @@ class Case:
     small and tested. traffic(**size, item) -> (forward, backward) bytes of the ideal kernels at `item` bytes a number
     of the streams; flops(**size) likewise. exact: outputs equal the reference's, bit for bit.
     dtypes: what small sizes are tested in; the last is what production runs in.
+    timed: (fn, ref) to time instead, where fn and ref copy what their ops write to: these write to the inputs `writes`.
     slack: the error may be `2 * the reference's + slack[dtype] * max |truth|`; the default is a few roundings.
     """
 
@@ -73,6 +74,8 @@ class Case:
     flops: Callable[..., tuple[int, int]] = lambda **size: (0, 0)
     exact: bool = False
     atomics: bool = False  # integer atomics, whose order does not show
+    timed: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    writes: tuple[str, ...] = ()
     slack: dict[torch.dtype, float] = field(default_factory=lambda: {torch.float32: 4e-6, torch.bfloat16: 2.0**-8})
 
     @property

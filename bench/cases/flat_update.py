@@ -25,9 +25,18 @@ TIGHT = dict.fromkeys((torch.float32, torch.bfloat16), 2.0**-22)  # two ulps of 
 
 def on_copies(fn: Callable) -> Callable:
     """fn(w, direction, ema=, out=...) as a function of its inputs: (w, ema, out) after the update."""
+    update = in_place(fn)
 
     def run(w: Tensor, direction: Tensor, ema: Tensor | None, cast: bool, **options) -> tuple[Tensor | None, ...]:
-        w, ema = w.clone(), None if ema is None else ema.clone()
+        return update(w.clone(), direction, None if ema is None else ema.clone(), cast, **options)
+
+    return run
+
+
+def in_place(fn: Callable) -> Callable:
+    """The same, writing to w and ema."""
+
+    def run(w: Tensor, direction: Tensor, ema: Tensor | None, cast: bool, **options) -> tuple[Tensor | None, ...]:
         narrow = torch.bfloat16 if w.dtype == torch.float32 else w.dtype  # the truth stays in fp64
         out = torch.empty_like(w, dtype=narrow) if cast else None
         fn(w, direction, ema=ema, out=out, **options)
@@ -64,6 +73,8 @@ def case(name: str, production: dict, *, ema: bool = True, cast: bool = True, ra
         inputs=inputs,
         fn=on_copies(flat_update),
         ref=on_copies(flat_update_ref),
+        timed=(in_place(flat_update), in_place(flat_update_ref)),
+        writes=("w", "ema"),
         sizes={**({PRODUCTION: production} if production else {}), **SIZES},
         traffic=traffic,
         slack=TIGHT,

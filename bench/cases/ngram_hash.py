@@ -106,11 +106,12 @@ def lookup_inputs(make: Make, contexts: int, v: int) -> dict:
 TABLE_SIZES = {"odd": {"contexts": 21, "v": 40}, "short": {"contexts": 9, "v": 3}, "one": {"contexts": 1, "v": 1}}
 
 
-def legacy(update, lookup):
-    """Both steps on a copy of the tables: counts of the whole stream, then the score's parts from position `at` on."""
+def legacy(update, lookup, copy: bool):
+    """Both steps, on a copy of the tables or on them: counts of the whole stream, then the score's parts from position
+    `at` on."""
 
     def fn(tables, tokens, at):
-        tables = tables.clone()
+        tables = tables.clone() if copy else tables
         update(tables, tokens, at, tokens.shape[0])
         return tables, *lookup(tables, tokens, at, tokens.shape[0])
 
@@ -121,6 +122,9 @@ def legacy_inputs(make: Make, n: int, buckets: int, at: int) -> dict:
     tables = make.ids(8, 2, buckets, high=5).to(torch.int32)
     return {"tables": tables, "tokens": make.ids(n, high=1024).to(torch.int32), "at": at}
 
+
+LEGACY = (_ngram_legacy.legacy_update, _ngram_legacy.legacy_lookup)
+LEGACY_REF = (_ngram_legacy.legacy_update_ref, _ngram_legacy.legacy_lookup_ref)
 
 CASES = [
     keys_case("keys", ORDERS, documents=False),
@@ -152,8 +156,10 @@ CASES = [
         op="ngram_hash",
         name="legacy",
         inputs=legacy_inputs,
-        fn=legacy(_ngram_legacy.legacy_update, _ngram_legacy.legacy_lookup),
-        ref=legacy(_ngram_legacy.legacy_update_ref, _ngram_legacy.legacy_lookup_ref),
+        fn=legacy(*LEGACY, copy=True),
+        ref=legacy(*LEGACY_REF, copy=True),
+        timed=(legacy(*LEGACY, copy=False), legacy(*LEGACY_REF, copy=False)),
+        writes=("tables",),
         sizes={
             PRODUCTION: {"n": CHUNK, "buckets": 2**23, "at": 0},
             "odd": {"n": 45, "buckets": 64, "at": 11},

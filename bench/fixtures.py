@@ -1,0 +1,104 @@
+"""Inputs of the CPU benchmarks: small, built once a process in about 3 s, the same wherever the same Python is."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pgolf.config import RunConfig
+from pgolf.data import corpus as embedded
+from pgolf.data.shards import open_shard, write_shard
+from pgolf.data.tokenizer import load_tokenizer
+from pgolf.model.gpt import GPT
+
+VOCAB = 1024
+SOURCES = 30  # of the standard library's modules
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """One thread of torch, in every module that imports this: with two, each waits for the other at every op, and on a
+    machine that does something else a copy of 1 MB then takes 16 ms instead of 0.1."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def scratch() -> Path:
+    """A folder that lives as long as the process."""
+    folder = Path(tempfile.mkdtemp(prefix="pgolf-bench-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Real text: documents, their tokenizer (SentencePiece) and the shards made of them; tokens (n,) uint16 of train.
+
+    n_bytes: of the training documents.
+    """
+
+    folder: Path
+    tokenizer_path: Path
+    documents: list[embedded.Document]
+    sp: Any
+    tokens: np.ndarray
+    n_bytes: int
+
+
+@cache
+def corpus() -> Corpus:
+    """Part of the embedded corpus, built afresh: what is in the user's cache would make numbers differ by machine."""
+    stdlib, root = Path(sysconfig.get_path("stdlib")), scratch() / "sources"
+    root.mkdir()
+    for path in [p for p in embedded.source_files(stdlib) if p.parent == stdlib][:SOURCES]:
+        shutil.copy(path, root)
+    paths = embedded.build_or_load(scratch(), VOCAB, root=root)
+    documents = embedded.read_documents(root, embedded.source_files(root))
+    train = [d for d in documents if embedded.split_of(d.name) == "train"]
+    sp = load_tokenizer(paths.tokenizer_path, VOCAB)
+    tokens = np.array(open_shard(paths.data_dir / embedded.SHARDS["train"]))
+    n_bytes = paths.manifest["splits"]["train"]["bytes"]
+    return Corpus(paths.data_dir, paths.tokenizer_path, train, sp, tokens, n_bytes)
+
+
+@cache
+def random_shards(tokens: int, count: int = 8, vocab: int = 65536) -> list[Path]:
+    """Shards of random ids. Over all of uint16 a few of them tell where they are from."""
+    rng, folder = np.random.default_rng(0), scratch() / f"random-{tokens}-{count}-{vocab}"
+    folder.mkdir()
+    files = [folder / f"fineweb_train_{i:06d}.bin" for i in range(count)]
+    for file in files:
+        write_shard(file, rng.integers(0, vocab, tokens))
+    return files
+
+
+def build(cfg: RunConfig, dtype: torch.dtype = torch.float32) -> GPT:
+    """The preset's model with weights as after training."""
+    model = GPT(cfg.model, train_length=cfg.data.seq_len, compute_dtype=dtype).init_weights(1)
+    return look_trained_(model.to(dtype))
+
+
+@torch.no_grad()
+def look_trained_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Adds to every parameter normal noise whose scale differs by row, log-normally, as trained rows do; nothing stays
+    zero. Codecs find in it what they find in trained weights: no repeats, uneven rows."""
+    gen = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        rows = p.shape[:1] + (1,) * (p.ndim - 1)
+        scale = 0.02 * torch.exp(0.5 * torch.randn(rows, generator=gen))
+        p.add_((scale * torch.randn(p.shape, generator=gen)).to(p.dtype))
+    return model

@@ -1,0 +1,132 @@
+"""Gates on the ratio of two times measured in one run: absolute times depend on the machine, ratios hardly do.
+
+    ratio = gate("batched Newton-Schulz", ("batched", fast), ("one by one", slow), at_most=1.1, check=is_right)
+
+Both run by turns, A B, B A, A B, ..., so that a slow second hits both. The ratio is that of the medians. A ratio above
+the bound is measured once more, in twice as many rounds, before it is an AssertionError. `check` sees the candidate's
+first result and its last: work that is skipped later on, or inputs that a call destroys, would be fast and wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+# A sample repeats calls that are shorter than this. Far below a scheduler's time slice of some 3 ms, so that on a busy
+# machine most samples are not interrupted and the median is one of these
+SAMPLE_SECONDS = 0.001
+BUDGET_SECONDS = 1.0  # as many rounds as fit, within
+ROUNDS = range(5, 52)
+
+Side = tuple[str, Callable[[], Any]]  # name, what is timed
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """candidate_s / baseline_s, median seconds a call, and the bound that it was held to."""
+
+    what: str
+    candidate: str
+    baseline: str
+    candidate_s: float
+    baseline_s: float
+    at_most: float
+
+    @property
+    def value(self) -> float:
+        return self.candidate_s / self.baseline_s
+
+    @property
+    def holds(self) -> bool:
+        return self.value <= self.at_most
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what}: {self.candidate} {_in_words(self.candidate_s)}, {self.baseline} {_in_words(self.baseline_s)},"
+            f" ratio {self.value:.3g}, at most {self.at_most:.3g}"
+        )
+
+
+def gate(
+    what: str,
+    candidate: Side,
+    baseline: Side,
+    *,
+    at_most: float,
+    check: Callable[[Any], Any] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Ratio:
+    """Measures and returns the ratio; raises AssertionError when it is above `at_most` twice, with all four times.
+
+    check: called with the candidate's first and last result, before and after the timing; raises if one is wrong.
+    clock: seconds; a test's own.
+    """
+    keep = _keeping(candidate[1])
+    keep()
+    if check:
+        check(keep.result)
+    tries = []
+    for effort in (1, 2):
+        times = interleaved(keep, baseline[1], clock, effort)
+        tries.append(Ratio(what, candidate[0], baseline[0], *times, at_most))
+        if check:
+            check(keep.result)
+        if tries[-1].holds:
+            return tries[-1]
+    raise AssertionError(f"{tries[1]}\nthe first try: {tries[0]}")
+
+
+def interleaved(a: Callable, b: Callable, clock: Callable[[], float], effort: int = 1) -> tuple[float, float]:
+    """Median seconds of a call of `a` and of `b`, run by turns, the first one changing from round to round."""
+    sides, (calls, once) = (a, b), zip(*(_calls(fn, clock) for fn in (a, b)), strict=True)
+    seconds: tuple[list, list] = ([], [])
+    fit = int(BUDGET_SECONDS / max(sum(once), 1e-9))
+    for i in range(effort * min(max(fit, ROUNDS[0]), ROUNDS[-1])):
+        for which in (0, 1) if i % 2 == 0 else (1, 0):
+            seconds[which].append(_sample(sides[which], calls[which], clock))
+    return median(seconds[0]), median(seconds[1])
+
+
+def record(benchmark: Any, *ratios: Ratio, **per_call: float) -> None:
+    """Into the benchmark's `extra_info`: the ratios, and for each tokens=n, bytes=n of a call how many a second.
+
+    Call it after the benchmark ran; with --benchmark-disable there are no rates.
+    """
+    benchmark.extra_info["ratios"] = [asdict(r) | {"value": round(r.value, 4)} for r in ratios]
+    if benchmark.stats:
+        seconds = benchmark.stats.stats.median
+        benchmark.extra_info.update({f"{name}_per_s": round(n / seconds) for name, n in per_call.items()})
+
+
+def _calls(fn: Callable, clock: Callable[[], float]) -> tuple[int, float]:
+    """(calls a sample, its seconds). A second call decides where the first was short: that may have found caches cold."""
+    once = _sample(fn, 1, clock)
+    if once < 10 * SAMPLE_SECONDS:
+        once = min(once, _sample(fn, 1, clock))
+    calls = max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))
+    return calls, calls * once
+
+
+def _sample(fn: Callable, calls: int, clock: Callable[[], float]) -> float:
+    began = clock()
+    for _ in range(calls):
+        fn()
+    return (clock() - began) / calls
+
+
+class _keeping:
+    """`fn`, with its last result."""
+
+    def __init__(self, fn: Callable):
+        self.fn, self.result = fn, None
+
+    def __call__(self) -> None:
+        self.result = self.fn()
+
+
+def _in_words(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"
