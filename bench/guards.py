@@ -55,7 +55,9 @@ def guard(
     try:
         judge(case, evaluate(case, candidate, inputs), fresh, dtype)
     except AssertionError as error:
-        raise AssertionError(f"the same tensors with new values in them, the result of an earlier call? {error}") from None
+        raise AssertionError(
+            f"the same tensors with new values in them, the result of an earlier call? {error}"
+        ) from None
 
 
 def guard_timer(
@@ -136,4 +138,3 @@ def touch(inputs: Inputs) -> None:
     tensor and version, and `guard` has caught those who look at the tensor alone, must compute again."""
     for t in tensors(inputs):
         torch.autograd.graph.increment_version(t)
-

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import importlib.util
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -255,7 +256,19 @@ class Run:
         torch.autograd.grad([o for o, _ in pairs], self.leaves, [g for _, g in pairs])
 
 
-Found = dict[tuple[str, str], Timing | Exception]  # (mode, provider)
+@dataclass(frozen=True)
+class Failure:
+    """What kept a provider from being timed: text, because an exception would keep its tensors alive."""
+
+    reason: str
+    trace: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        return cls(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+
+
+Found = dict[tuple[str, str], Timing | Failure]  # (mode, provider)
 
 
 def measure(
@@ -270,10 +283,10 @@ def measure(
         try:
             ready[name] = Run(case, guarded(name, case, size, device, dtype), inputs)
         except Exception as error:
-            found |= {(mode, name): error for mode in modes(case, device)}
+            found |= {(mode, name): Failure.of(error) for mode in modes(case, device)}
     for mode in modes(case, device):
         runs, failed = _try(ready, mode)
-        found |= {(mode, name): error for name, error in failed.items()}
+        found |= {(mode, name): failure for name, failure in failed.items()}
         calls = {name: partial(run.call, mode) for name, run in runs.items()}
         prepare = lambda name, runs=runs, mode=mode: runs[name].prepare(mode)
         times = time_interleaved(calls, device=device, rounds=rounds, min_ms=min_ms, prepare=prepare)
@@ -285,13 +298,13 @@ def guarded(name: str, case: Case, size: str, device: str | torch.device, dtype:
     """The provider, once it has passed `guard` at a size that fits."""
     provider = build(name, case)
     shape = guarded_size(case) if size == PRODUCTION else case.sizes[size]
-    cut = Case(**{**vars(case), "sizes": {"guarded": shape}})
+    cut = replace(case, sizes={"guarded": shape})
     poison = name != "torch.compile"
     guard(cut, provider.fn, "guarded", device=device, dtype=dtype, writes=provider.writes, poison=poison)
     return provider
 
 
-def _try(ready: dict[str, Run], mode: str) -> tuple[dict[str, Run], dict[str, Exception]]:
+def _try(ready: dict[str, Run], mode: str) -> tuple[dict[str, Run], dict[str, Failure]]:
     """One call of each at full size: (those that work, what the others raised)."""
     failed = {}
     for name, run in ready.items():
@@ -299,5 +312,5 @@ def _try(ready: dict[str, Run], mode: str) -> tuple[dict[str, Run], dict[str, Ex
             run.prepare(mode)
             run.call(mode)
         except Exception as error:
-            run.outs, failed[name] = None, error
+            run.outs, failed[name] = None, Failure.of(error)
     return {name: run for name, run in ready.items() if name not in failed}, failed

@@ -278,7 +278,9 @@ def device_card(device: str | torch.device) -> dict[str, Any]:
 def _gpu_card(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     fields = ",".join(SMI.values())
-    answer = _output("nvidia-smi", f"--id=GPU-{properties.uuid}", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    answer = _output(
+        "nvidia-smi", f"--id=GPU-{properties.uuid}", f"--query-gpu={fields}", "--format=csv,noheader,nounits"
+    )
     told = dict(zip(SMI, [v.strip() for v in answer.split(",")], strict=False)) if answer else {}
     return {
         "name": properties.name,
@@ -292,7 +294,11 @@ def _gpu_card(device: torch.device) -> dict[str, Any]:
 
 def _cpu_card() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
     return {
         "name": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -303,7 +309,7 @@ def _cpu_card() -> dict[str, Any]:
 
 
 def _number(text: str) -> float | None:
-    """"[N/A]" is no number."""
+    """ "[N/A]" is no number."""
     try:
         return float(text)
     except ValueError:
