@@ -43,7 +43,7 @@ from ._op import (
     tuned,
     use_kernel,
 )
-from ._triton import TensorDescriptor, jit, tl
+from ._triton import TensorDescriptor, described, jit, tl
 from ._tuned import Launch
 
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -66,18 +66,6 @@ def mlp_ref(x: Tensor, w_up: Tensor, w_down: Tensor, *, activation: str = "relu2
 #
 # A tile leaves in two halves, left and right: the buffers through which it leaves are half as large, and one stage more
 # of the product's pipeline fits beside them. Rows and columns beyond the edge load as 0 and are not stored.
-
-
-@jit
-def _described(t, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """t itself if it is a descriptor; else one that becomes plain addresses, on a GPU that has no TMA."""
-    if isinstance(t, tl.tensor_descriptor):
-        return t
-    else:
-        # cols is a multiple of 16 bytes; said like this, the compiler knows too and takes 128-bit loads
-        packed: tl.constexpr = 128 // t.dtype.element_ty.primitive_bitwidth
-        cols = cols // packed * packed
-        return tl.make_tensor_descriptor(t, [rows, cols], [cols, 1], [ROWS, COLS])
 
 
 @jit
@@ -133,10 +121,10 @@ def _mlp_up_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = BLOCK_N // 2
-    x, w = _described(x, M, D, BLOCK_M, BLOCK_K), _described(w, F, D, BLOCK_N, BLOCK_K)
-    post = _described(post, M, F, BLOCK_M, HALF)
+    x, w = described(x, M, D, BLOCK_M, BLOCK_K), described(w, F, D, BLOCK_N, BLOCK_K)
+    post = described(post, M, F, BLOCK_M, HALF)
     if deriv is not None:
-        deriv = _described(deriv, M, F, BLOCK_M, HALF)
+        deriv = described(deriv, M, F, BLOCK_M, HALF)
     across = tl.cdiv(F, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * across, tl.num_programs(0), flatten=True):
         m, n = (tile // across) * BLOCK_M, (tile % across) * BLOCK_N
@@ -167,8 +155,8 @@ def _mlp_du_kernel(
 ):  # fmt: skip
     """du = (dy @ w) * act'. saved: act' with DERIV, else post. slope: its magnitude."""
     HALF: tl.constexpr = BLOCK_N // 2
-    dy, w = _described(dy, M, D, BLOCK_M, BLOCK_K), _described(w, D, F, BLOCK_K, BLOCK_N)
-    saved, du = _described(saved, M, F, BLOCK_M, HALF), _described(du, M, F, BLOCK_M, HALF)
+    dy, w = described(dy, M, D, BLOCK_M, BLOCK_K), described(w, D, F, BLOCK_K, BLOCK_N)
+    saved, du = described(saved, M, F, BLOCK_M, HALF), described(du, M, F, BLOCK_M, HALF)
     across = tl.cdiv(F, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * across, tl.num_programs(0), flatten=True):
         m, n = (tile // across) * BLOCK_M, (tile % across) * BLOCK_N

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ._op import arch_of, cdiv, check_kernel_dtype, launch, register_op, sm_count, tuned, use_kernel
-from ._triton import TensorDescriptor, jit, tl
+from ._triton import TensorDescriptor, described, jit, tl
 from ._tuned import Launch
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -60,21 +60,12 @@ def _default_dtype(g: Tensor) -> torch.dtype:
 
 
 @jit
-def _described(x, rows, cols, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """x itself if it came as a descriptor; else one that the compiler turns into addresses, for archs without TMA."""
-    if isinstance(x, tl.tensor_descriptor):
-        return x
-    else:
-        return tl.make_tensor_descriptor(x, [rows, cols], [cols, 1], [BLOCK, BLOCK_K])
-
-
-@jit
 def _product_tile(x, rows, S, K, tiles, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     """(x[m] x[m]^T at tile (i, j) in fp32, m, i, j). Programs: `tiles` a matrix, (0, 0), (0, 1), (1, 1), (0, 2), ..."""
     m, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     j = ((tl.sqrt_rn(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int32)  # a correctly rounded root: exact at whole numbers
     i = tile - j * (j + 1) // 2
-    x = _described(x, rows, K, BLOCK, BLOCK_K)
+    x = described(x, rows, K, BLOCK, BLOCK_K)
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for k in range(0, K, BLOCK_K):
         left, right = x.load([m * S + i * BLOCK, k]), x.load([m * S + j * BLOCK, k])

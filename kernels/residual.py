@@ -227,7 +227,10 @@ def _residual_bwd(
     first = [dts[k] if k >= 0 and owner.index(k) == i else None for i, k in enumerate(owner)]
     grads = [g if g is None else g.contiguous() for g in (dout, dnormed)]
     slots = first + [None] * (MAX_TERMS - len(terms))
-    args = (*grads, out.contiguous(), rstd, *ts, *ws, *slots, plain, partial, rows, norm_scale)
+    # what the kernel does not read, it is not given: the sum without a norm's gradient, terms without a weight
+    total = None if dnormed is None else out.contiguous()
+    read = [None if w is None else t for t, w in zip(ts, ws, strict=True)]
+    args = (*grads, total, rstd, *read, *ws, *slots, plain, partial, rows, norm_scale)
     launch(_residual_bwd_kernel, (programs,), *args, how=how, D=width, BLOCK_D=pow2(width), **steps)
     return [*dts, *_weight_grads(partial.sum(1), weights, weighted), *([] if plain is None else [plain])]
 
