@@ -37,6 +37,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-benchmark>=5",
             "hypothesis>=6.100",
             "ruff>=0.6",
             "triton>=3.5; platform_system == 'Linux'",  # no GPU needed: kernels are interpreted and compiled ahead

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def guard(
     refill(inputs, fresh)
     try:
         judge(case, evaluate(case, candidate, inputs), fresh, dtype)
-    except AssertionError as error:
+    except (AssertionError, RuntimeError) as error:  # autograd's, when a graph is gone through twice
         raise AssertionError(
             f"the same tensors with new values in them, the result of an earlier call? {error}"
         ) from None
@@ -102,14 +103,20 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def leaves(tree: Any) -> list:
+    """What a nested structure holds, the fields of dataclasses too."""
+    found = [leaves(vars(x)) if is_dataclass(x) else [x] for x in pytree.tree_leaves(tree)]
+    return [x for part in found for x in part]
+
+
 def tensors(tree: Any) -> list[Tensor]:
     """All tensors of a nested structure."""
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+    return [x for x in leaves(tree) if isinstance(x, Tensor)]
 
 
 def alike(a: Inputs, b: Inputs) -> bool:
     """Whether b's tensors fit into a's, and what else there is is equal."""
-    brief = lambda tree: [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in pytree.tree_leaves(tree)]
+    brief = lambda tree: [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves(tree)]
     return brief(a) == brief(b)
 
 

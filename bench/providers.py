@@ -157,8 +157,23 @@ def build(name: str, case: Case) -> Provider:
         return Provider(name, maker(), tuple(writes))
     if name.startswith("pgolf:"):
         return Provider(name, _routed(fn, case.op, name.partition(":")[2]), case.writes)
-    by_name = {"pgolf": fn, "eager": ref, "torch.compile": torch.compile(ref, dynamic=False)}
-    return Provider(name, by_name[name], case.writes)
+    if name == "torch.compile":
+        return Provider(name, _compiled(ref, case.writes), case.writes)
+    return Provider(name, {"pgolf": fn, "eager": ref}[name], case.writes)
+
+
+def _compiled(ref: Callable, writes: tuple[str, ...]) -> Callable:
+    """torch.compile of ref. Inputs that it writes to do not leave the graph as outputs, on which Inductor of torch 2.13
+    fails ("KeyError: 'buf6'"); they are what ref returns first, and are put back there."""
+    if not writes:
+        return torch.compile(ref, dynamic=False)
+    fresh = torch.compile(lambda **inputs: ref(**inputs)[len(writes) :], dynamic=False)
+
+    def run(**inputs):
+        new = fresh(**inputs)
+        return (*(inputs[name] for name in writes), *new)
+
+    return run
 
 
 def _routed(fn: Callable, op: str, route: str) -> Callable:
@@ -184,7 +199,7 @@ class OnDevice(Make):
 def smallest(case: Case) -> str:
     """The name of the smallest size that is not empty."""
     count = lambda name: sum(t.numel() for t in tensors(case.make(name, "meta", case.dtypes[-1])))
-    return min((name for name, size in case.sizes.items() if next(iter(size.values()))), key=count)
+    return min((name for name in case.sizes if name != "empty"), key=count)
 
 
 def guarded_size(case: Case) -> Size:

@@ -3,7 +3,7 @@
     ratio = gate("batched Newton-Schulz", ("batched", fast), ("one by one", slow), at_most=1.1, check=is_right)
 
 Both run by turns, A B, B A, A B, ..., so that a slow second hits both. The ratio is that of the medians. A ratio above
-the bound is measured once more, in twice as many rounds, before it is an AssertionError. `check` sees the candidate's
+the bound is measured once more, for twice as long, before it is an AssertionError. `check` sees the candidate's
 first result and its last: work that is skipped later on, or inputs that a call destroys, would be fast and wrong.
 """
 
@@ -19,8 +19,7 @@ from typing import Any
 # A sample repeats calls that are shorter than this. Far below a scheduler's time slice of some 3 ms, so that on a busy
 # machine most samples are not interrupted and the median is one of these
 SAMPLE_SECONDS = 0.001
-BUDGET_SECONDS = 1.0  # as many rounds as fit, within
-ROUNDS = range(5, 52)
+ROUNDS = range(3, 52)  # as many as fit into a gate's seconds, within these
 
 Side = tuple[str, Callable[[], Any]]  # name, what is timed
 
@@ -58,12 +57,13 @@ def gate(
     *,
     at_most: float,
     check: Callable[[Any], Any] | None = None,
+    seconds: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Ratio:
     """Measures and returns the ratio; raises AssertionError when it is above `at_most` twice, with all four times.
 
     check: called with the candidate's first and last result, before and after the timing; raises if one is wrong.
-    clock: seconds; a test's own.
+    seconds: what the rounds may take. clock: a test's own, in seconds.
     """
     keep = _keeping(candidate[1])
     keep()
@@ -71,7 +71,7 @@ def gate(
         check(keep.result)
     tries = []
     for effort in (1, 2):
-        times = interleaved(keep, baseline[1], clock, effort)
+        times = interleaved(keep, baseline[1], effort * seconds, clock)
         tries.append(Ratio(what, candidate[0], baseline[0], *times, at_most))
         if check:
             check(keep.result)
@@ -80,15 +80,15 @@ def gate(
     raise AssertionError(f"{tries[1]}\nthe first try: {tries[0]}")
 
 
-def interleaved(a: Callable, b: Callable, clock: Callable[[], float], effort: int = 1) -> tuple[float, float]:
+def interleaved(a: Callable, b: Callable, seconds: float, clock: Callable[[], float]) -> tuple[float, float]:
     """Median seconds of a call of `a` and of `b`, run by turns, the first one changing from round to round."""
     sides, (calls, once) = (a, b), zip(*(_calls(fn, clock) for fn in (a, b)), strict=True)
-    seconds: tuple[list, list] = ([], [])
-    fit = int(BUDGET_SECONDS / max(sum(once), 1e-9))
-    for i in range(effort * min(max(fit, ROUNDS[0]), ROUNDS[-1])):
+    fit = int(seconds / max(sum(once), 1e-9))
+    times: tuple[list, list] = ([], [])
+    for i in range(min(max(fit, ROUNDS[0]), ROUNDS[-1])):
         for which in (0, 1) if i % 2 == 0 else (1, 0):
-            seconds[which].append(_sample(sides[which], calls[which], clock))
-    return median(seconds[0]), median(seconds[1])
+            times[which].append(_sample(sides[which], calls[which], clock))
+    return median(times[0]), median(times[1])
 
 
 def record(benchmark: Any, *ratios: Ratio, **per_call: float) -> None:

@@ -213,7 +213,7 @@ def roofs(device: str | torch.device, *, rounds: int = 5, min_ms: float = 20.0) 
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     rand = lambda *shape: torch.randn(*shape, device=device, dtype=dtype)
-    n = (1 << 30 if gpu else 1 << 27) // dtype.itemsize
+    n = (1 << 30 if gpu else 1 << 26) // dtype.itemsize
     m, large = (98_304, 8_192) if gpu else (2_048, 1_024)
     b, h, t = (48, 8, 2_048) if gpu else (2, 4, 512)
     source, target = rand(n), rand(n)

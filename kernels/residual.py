@@ -214,12 +214,12 @@ def _residual_bwd(
     index: int,
     norm_scale: float,
 ) -> list[Tensor]:
-    """[gradient of each weight's terms], [gradient of each weight], then that of all unweighted terms if there are."""
+    """[gradient of each weight's terms], [gradient of each weight], then that of unweighted terms unless it is dout."""
     ts, ws, steps = _slots(terms, weights, index)
     width = out.shape[-1]
     rows = out.numel() // max(width, 1)
     owner = _weight_of(index, len(terms))
-    dts, plain = _term_grads(terms, weights, owner)
+    dts, plain = _term_grads(terms, weights, owner, dnormed)
     how = tuned("residual_bwd", out, f"D{pow2(width)}")
     programs = max(1, min(cdiv(rows, how.blocks["BLOCK_T"]), 2 * sm_count(out)))
     weighted = [k for k in owner if k >= 0]
@@ -245,13 +245,14 @@ def _weight_grads(sums: Tensor, weights: Sequence[Tensor], weighted: list[int]) 
     return out
 
 
-def _term_grads(terms: Sequence[Tensor], weights: Sequence[Tensor], owner: list[int]):
+def _term_grads(terms: Sequence[Tensor], weights: Sequence[Tensor], owner: list[int], dnormed: Tensor | None):
+    """One for each weight, and one for unweighted terms, which without a norm's part is dout as it came: None."""
     new = lambda: torch.empty_like(terms[0], memory_format=torch.contiguous_format)
-    return [new() for _ in weights], new() if -1 in owner else None
+    return [new() for _ in weights], new() if -1 in owner and dnormed is not None else None
 
 
 def _residual_bwd_fake(dout, dnormed, out, rstd, terms, weights, index, norm_scale):
-    dts, plain = _term_grads(terms, weights, _weight_of(index, len(terms)))
+    dts, plain = _term_grads(terms, weights, _weight_of(index, len(terms)), dnormed)
     dws = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
     return [*dts, *dws, *([] if plain is None else [plain])]
 
@@ -271,9 +272,12 @@ def _backward(ctx, grads):
     dnormed = grads[1 if ctx.has_out else 0] if ctx.normalize else None
     if dout is None and dnormed is None:
         return [None] * ctx.count, [None] * len(weights), None, None, None, None
+    n, owner = len(weights), _weight_of(ctx.index, ctx.count)
+    if dnormed is None and n == 0:  # a plain sum passes its gradient on
+        return [dout] * ctx.count, [], None, None, None, None
     got = _bwd_op(dout, dnormed, out, rstd, terms, weights, ctx.index, ctx.norm_scale)
-    n = len(weights)
-    dterms = [got[k] for k in _weight_of(ctx.index, ctx.count)]  # -1: the last, that of unweighted terms
+    plain = dout if dnormed is None else got[-1]
+    dterms = [plain if k < 0 else got[k] for k in owner]
     return dterms, list(got[n : 2 * n]), None, None, None, None
 
 

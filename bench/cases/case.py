@@ -58,7 +58,8 @@ class Case:
     small and tested. traffic(**size, item) -> (forward, backward) bytes of the ideal kernels at `item` bytes a number
     of the streams; flops(**size) likewise. exact: outputs equal the reference's, bit for bit.
     dtypes: what small sizes are tested in; the last is what production runs in.
-    timed: (fn, ref) to time instead, where fn and ref copy what their ops write to: these write to the inputs `writes`.
+    timed: (fn, ref) to time instead, where fn and ref copy what their ops write to: these write to the inputs `writes`,
+    and return them first.
     slack: the error may be `2 * the reference's + slack[dtype] * max |truth|`; the default is a few roundings.
     """
 
