@@ -168,20 +168,20 @@ def _weight_of(index: int, count: int) -> list[int]:
     return [(index >> 3 * i & 7) - 1 for i in range(count)]
 
 
-def _slots(terms: Sequence[Tensor], weights: Sequence[Tensor], index: int) -> tuple[list, list, dict[str, int]]:
+def _slots(terms: Sequence[Tensor], weights: Sequence[Tensor], owner: list[int]) -> tuple[list, list, dict[str, int]]:
     """Terms and weights by position, None where there is none, and each weight's step along the width."""
-    padding = [None] * (MAX_TERMS - len(terms))
+    padding = [None] * (MAX_TERMS - len(owner))
     own = [w.contiguous() for w in weights]
-    spread = [None if k < 0 else own[k] for k in _weight_of(index, len(terms))] + padding
+    spread = [None if k < 0 else own[k] for k in owner] + padding
     steps = {f"WS{i}": int(w is not None and w.ndim == 1) for i, w in enumerate(spread)}
-    return [t.contiguous() for t in terms] + padding, spread, steps
+    return [t if t is None else t.contiguous() for t in terms] + padding, spread, steps
 
 
 def _residual(
     terms: Sequence[Tensor], weights: Sequence[Tensor], index: int, norm_scale: float, eps: float, normalize: bool
 ) -> list[Tensor]:
     """[out] or [out, normed, rstd]; without `out` when it would be terms[0] itself."""
-    ts, ws, steps = _slots(terms, weights, index)
+    ts, ws, steps = _slots(terms, weights, _weight_of(index, len(terms)))
     width = terms[0].shape[-1]
     rows = terms[0].numel() // max(width, 1)
     out, normed, rstd = _outputs(terms, weights, normalize)
@@ -207,30 +207,32 @@ def _residual_fake(terms, weights, index, norm_scale, eps, normalize):
 def _residual_bwd(
     dout: Tensor | None,
     dnormed: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     rstd: Tensor | None,
     terms: Sequence[Tensor],
     weights: Sequence[Tensor],
     index: int,
+    count: int,
     norm_scale: float,
 ) -> list[Tensor]:
-    """[gradient of each weight's terms], [gradient of each weight], then that of unweighted terms unless it is dout."""
-    ts, ws, steps = _slots(terms, weights, index)
-    width = out.shape[-1]
-    rows = out.numel() // max(width, 1)
-    owner = _weight_of(index, len(terms))
-    dts, plain = _term_grads(terms, weights, owner, dnormed)
-    how = tuned("residual_bwd", out, f"D{pow2(width)}")
-    programs = max(1, min(cdiv(rows, how.blocks["BLOCK_T"]), 2 * sm_count(out)))
-    weighted = [k for k in owner if k >= 0]
-    partial = torch.empty((len(weighted), programs, width), dtype=torch.float32, device=out.device)
+    """[gradient of each weight's terms], [gradient of each weight], then that of unweighted terms unless it is dout.
+
+    terms: the weighted ones of `count`; out and rstd: with dnormed only. What is not read is not kept.
+    """
+    owner = _weight_of(index, count)
+    weighted, given = [k for k in owner if k >= 0], iter(terms)
+    ts, ws, steps = _slots([None if k < 0 else next(given) for k in owner], weights, owner)
+    like = dnormed if dout is None else dout
+    width = like.shape[-1]
+    rows = like.numel() // max(width, 1)
+    dts, plain = _term_grads(like, weights, owner, dnormed)
+    how = tuned("residual_bwd", like, f"D{pow2(width)}")
+    programs = max(1, min(cdiv(rows, how.blocks["BLOCK_T"]), 2 * sm_count(like)))
+    partial = torch.empty((len(weighted), programs, width), dtype=torch.float32, device=like.device)
     first = [dts[k] if k >= 0 and owner.index(k) == i else None for i, k in enumerate(owner)]
-    grads = [g if g is None else g.contiguous() for g in (dout, dnormed)]
-    slots = first + [None] * (MAX_TERMS - len(terms))
-    # what the kernel does not read, it is not given: the sum without a norm's gradient, terms without a weight
-    total = None if dnormed is None else out.contiguous()
-    read = [None if w is None else t for t, w in zip(ts, ws, strict=True)]
-    args = (*grads, total, rstd, *read, *ws, *slots, plain, partial, rows, norm_scale)
+    slots = first + [None] * (MAX_TERMS - count)
+    grads = [g if g is None else g.contiguous() for g in (dout, dnormed, out)]
+    args = (*grads, rstd, *ts, *ws, *slots, plain, partial, rows, norm_scale)
     launch(_residual_bwd_kernel, (programs,), *args, how=how, D=width, BLOCK_D=pow2(width), **steps)
     return [*dts, *_weight_grads(partial.sum(1), weights, weighted), *([] if plain is None else [plain])]
 
@@ -245,14 +247,15 @@ def _weight_grads(sums: Tensor, weights: Sequence[Tensor], weighted: list[int]) 
     return out
 
 
-def _term_grads(terms: Sequence[Tensor], weights: Sequence[Tensor], owner: list[int], dnormed: Tensor | None):
+def _term_grads(like: Tensor, weights: Sequence[Tensor], owner: list[int], dnormed: Tensor | None):
     """One for each weight, and one for unweighted terms, which without a norm's part is dout as it came: None."""
-    new = lambda: torch.empty_like(terms[0], memory_format=torch.contiguous_format)
+    new = lambda: torch.empty_like(like, memory_format=torch.contiguous_format)
     return [new() for _ in weights], new() if -1 in owner and dnormed is not None else None
 
 
-def _residual_bwd_fake(dout, dnormed, out, rstd, terms, weights, index, norm_scale):
-    dts, plain = _term_grads(terms, weights, _weight_of(index, len(terms)), dnormed)
+def _residual_bwd_fake(dout, dnormed, out, rstd, terms, weights, index, count, norm_scale):
+    like = dnormed if dout is None else dout
+    dts, plain = _term_grads(like, weights, _weight_of(index, count), dnormed)
     dws = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
     return [*dts, *dws, *([] if plain is None else [plain])]
 
@@ -260,22 +263,26 @@ def _residual_bwd_fake(dout, dnormed, out, rstd, terms, weights, index, norm_sca
 def _setup(ctx, inputs, output):
     terms, weights, ctx.index, ctx.norm_scale, _, ctx.normalize = inputs
     ctx.count, ctx.has_out = len(terms), len(terms) > 1 or len(weights) > 0
-    kept = output if ctx.has_out else [terms[0], *output]
+    out, rstd = (output if ctx.has_out else [terms[0], *output])[::2] if ctx.normalize else (None, None)
+    weighted = [t for t, k in zip(terms, _weight_of(ctx.index, ctx.count), strict=True) if k >= 0]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*terms, *weights, kept[0], kept[2] if ctx.normalize else None)
+    ctx.save_for_backward(out, rstd, *weights, *weighted)
 
 
 def _backward(ctx, grads):
-    saved = ctx.saved_tensors
-    terms, weights, (out, rstd) = saved[: ctx.count], saved[ctx.count : -2], saved[-2:]
+    owner = _weight_of(ctx.index, ctx.count)
+    n = max(owner) + 1
+    out, rstd, *rest = ctx.saved_tensors
+    weights, terms = rest[:n], rest[n:]
     dout = grads[0] if ctx.has_out else None
     dnormed = grads[1 if ctx.has_out else 0] if ctx.normalize else None
     if dout is None and dnormed is None:
-        return [None] * ctx.count, [None] * len(weights), None, None, None, None
-    n, owner = len(weights), _weight_of(ctx.index, ctx.count)
+        return [None] * ctx.count, [None] * n, None, None, None, None
     if dnormed is None and n == 0:  # a plain sum passes its gradient on
         return [dout] * ctx.count, [], None, None, None, None
-    got = _bwd_op(dout, dnormed, out, rstd, terms, weights, ctx.index, ctx.norm_scale)
+    if dnormed is None:
+        out = rstd = None
+    got = _bwd_op(dout, dnormed, out, rstd, terms, weights, ctx.index, ctx.count, ctx.norm_scale)
     plain = dout if dnormed is None else got[-1]
     dterms = [plain if k < 0 else got[k] for k in owner]
     return dterms, list(got[n : 2 * n]), None, None, None, None
