@@ -20,7 +20,7 @@ from pgolf.data.tokenizer import ByteTable, brute_force_bytes
 from pgolf.errors import DataError
 
 from .fixtures import VOCAB, corpus, one_thread, random_shards, scratch  # noqa: F401
-from .ratios import gate, record
+from .ratios import gate, rates
 
 SEED = 3
 Places = list[tuple[int, int]]  # (shard, first token) of windows
@@ -99,12 +99,11 @@ def test_loader(benchmark, name):
     large, shards = loader(name, files, rows, length), raw(files)
     batch = large.next_batch()
     pair = torch.stack((batch.ids, batch.targets))
-    ratio = gate(
-        f"{name} loader", ("next_batch", large.next_batch), ("memcpy", pair.clone), at_most=at_most,
+    gate(benchmark, ("next_batch", large.next_batch), ("memcpy", pair.clone), at_most=at_most,
         check=lambda got: [locate(shards, w) for w in windows_of(got)[:: rows - 1]],
     )  # fmt: skip
     benchmark(large.next_batch)
-    record(benchmark, ratio, tokens=rows * length)
+    rates(benchmark, tokens=rows * length)
 
 
 # -- shards ----------------------------------------------------------------------------------------------------------
@@ -132,9 +131,9 @@ def test_shard_validation(benchmark):
     assert_refused(folder, lambda data: data[:-2])  # a token short
     assert_refused(folder, lambda data: data[:-2] + VOCAB.to_bytes(2, "little"))  # the last id is one too large
     copies = lambda: [np.frombuffer(c, np.uint8).copy() for c in contents]
-    ratio = gate("shard validation", ("check_split", validate), ("memcpy", copies), at_most=3.0)
+    gate(benchmark, ("check_split", validate), ("memcpy", copies), at_most=3.0)
     benchmark(validate)
-    record(benchmark, ratio, tokens=2 << 21)
+    rates(benchmark, tokens=2 << 21)
 
 
 @pytest.mark.benchmark(group="shards")
@@ -143,9 +142,9 @@ def test_shard_opening(benchmark):
     files = random_shards(1 << 21, count=2, vocab=VOCAB)
     opened = lambda: [open_shard(f) for f in files]
     assert all(np.array_equal(got, ids) for got, ids in zip(opened(), raw(files), strict=True))
-    ratio = gate("shard opening", ("open", opened), ("read", lambda: raw(files)), at_most=0.6)
+    gate(benchmark, ("open", opened), ("read", lambda: raw(files)), at_most=0.6)
     benchmark(opened)
-    record(benchmark, ratio, shards=len(files))
+    rates(benchmark, shards=len(files))
 
 
 # -- text ------------------------------------------------------------------------------------------------------------
@@ -161,9 +160,9 @@ def test_tokenising(benchmark):
     assert np.array_equal(together(), expected) and np.array_equal(c.tokens, expected)
     parts = np.split(expected, np.flatnonzero(expected == c.sp.bos_id()))[1:]
     assert [c.sp.decode(p[1:].tolist()) for p in parts] == [d.text for d in c.documents]
-    ratio = gate("tokenising", ("together", together), ("one by one", one_by_one), at_most=2.0)
+    gate(benchmark, ("together", together), ("one by one", one_by_one), at_most=2.0)
     benchmark.pedantic(together, rounds=3)
-    record(benchmark, ratio, tokens=len(expected), bytes=c.n_bytes)
+    rates(benchmark, tokens=len(expected), bytes=c.n_bytes)
 
 
 @pytest.mark.benchmark(group="text")
@@ -175,11 +174,13 @@ def test_byte_accounting(benchmark):
     count = table.torch()
     by_table = lambda: int(count(ids, targets).sum())
     by_pieces = lambda: brute_force_bytes(c.sp, c.tokens)
-    assert by_pieces() == c.n_bytes == int(table.count(c.tokens[:-1], c.tokens[1:]).sum())  # c.n_bytes: the files' sizes
+    assert (
+        by_pieces() == c.n_bytes == int(table.count(c.tokens[:-1], c.tokens[1:]).sum())
+    )  # c.n_bytes: the files' sizes
 
     def check(got: int) -> None:
         assert got == c.n_bytes
 
-    ratio = gate("byte accounting", ("table", by_table), ("pieces", by_pieces), at_most=0.25, check=check)
+    gate(benchmark, ("table", by_table), ("pieces", by_pieces), at_most=0.25, check=check)
     benchmark(by_table)
-    record(benchmark, ratio, tokens=len(ids))
+    rates(benchmark, tokens=len(ids))

@@ -1,6 +1,6 @@
 """Gates on the ratio of two times measured in one run: absolute times depend on the machine, ratios hardly do.
 
-    ratio = gate("batched Newton-Schulz", ("batched", fast), ("one by one", slow), at_most=1.1, check=is_right)
+    gate(benchmark, ("batched", fast), ("one by one", slow), at_most=1.1, check=is_right)
 
 Both run by turns, A B, B A, A B, ..., so that a slow second hits both. The ratio is that of the medians. A ratio above
 the bound is measured once more, for twice as long, before it is an AssertionError. `check` sees the candidate's
@@ -22,6 +22,7 @@ SAMPLE_SECONDS = 0.001
 ROUNDS = range(3, 52)  # as many as fit into a gate's seconds, within these
 
 Side = tuple[str, Callable[[], Any]]  # name, what is timed
+Check = Callable[[Any], Any] | None
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,41 @@ class Ratio:
 
     def __str__(self) -> str:
         return (
-            f"{self.what}: {self.candidate} {_in_words(self.candidate_s)}, {self.baseline} {_in_words(self.baseline_s)},"
-            f" ratio {self.value:.3g}, at most {self.at_most:.3g}"
+            f"{self.what}: {self.candidate} {_in_words(self.candidate_s)}, "
+            f"{self.baseline} {_in_words(self.baseline_s)}, ratio {self.value:.3g}, at most {self.at_most:.3g}"
         )
 
 
-def gate(
+def gate(benchmark: Any, candidate: Side, baseline: Side, *, at_most: float, check: Check = None, **kwargs) -> None:
+    """`measure` for pytest-benchmark's fixture: the ratio goes into its `extra_info`.
+
+    With --benchmark-disable nothing is timed: both sides run once, and the candidate's result is checked.
+    """
+    if benchmark.disabled:
+        result = candidate[1]()
+        baseline[1]()
+        if check:
+            check(result)
+        return
+    ratio = measure(benchmark.name, candidate, baseline, at_most=at_most, check=check, **kwargs)
+    print(ratio)  # pytest shows it with -rP
+    benchmark.extra_info["ratio"] = asdict(ratio) | {"value": round(ratio.value, 4)}
+
+
+def rates(benchmark: Any, **per_call: float) -> None:
+    """After the benchmark ran: for each tokens=n, bytes=n of a call, how many a second, into its `extra_info`."""
+    if benchmark.stats:
+        seconds = benchmark.stats.stats.median
+        benchmark.extra_info.update({f"{name}_per_s": round(n / seconds) for name, n in per_call.items()})
+
+
+def measure(
     what: str,
     candidate: Side,
     baseline: Side,
     *,
     at_most: float,
-    check: Callable[[Any], Any] | None = None,
+    check: Check = None,
     seconds: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Ratio:
@@ -91,19 +115,8 @@ def interleaved(a: Callable, b: Callable, seconds: float, clock: Callable[[], fl
     return median(times[0]), median(times[1])
 
 
-def record(benchmark: Any, *ratios: Ratio, **per_call: float) -> None:
-    """Into the benchmark's `extra_info`: the ratios, and for each tokens=n, bytes=n of a call how many a second.
-
-    Call it after the benchmark ran; with --benchmark-disable there are no rates.
-    """
-    benchmark.extra_info["ratios"] = [asdict(r) | {"value": round(r.value, 4)} for r in ratios]
-    if benchmark.stats:
-        seconds = benchmark.stats.stats.median
-        benchmark.extra_info.update({f"{name}_per_s": round(n / seconds) for name, n in per_call.items()})
-
-
 def _calls(fn: Callable, clock: Callable[[], float]) -> tuple[int, float]:
-    """(calls a sample, its seconds). A second call decides where the first was short: that may have found caches cold."""
+    """(calls a sample, its seconds). Where the first call is short a second one decides: caches may have been cold."""
     once = _sample(fn, 1, clock)
     if once < 10 * SAMPLE_SECONDS:
         once = min(once, _sample(fn, 1, clock))
@@ -129,4 +142,10 @@ class _keeping:
 
 
 def _in_words(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} us"
+    return (
+        f"{seconds:.3g} s"
+        if seconds >= 1
+        else f"{1e3 * seconds:.3g} ms"
+        if seconds >= 1e-3
+        else f"{1e6 * seconds:.3g} us"
+    )
