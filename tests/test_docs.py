@@ -48,7 +48,7 @@ def test_architecture_page_names_every_file():
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("kernels/[a-z]*.py")), ids=lambda p: p.stem)
 def test_every_kernel_has_a_page(path):
-    """Linked from docs/kernels.md, with the sections that a reader looks for; times only as measured or not measured."""
+    """Linked from docs/kernels.md, with the sections that a reader looks for; times are measured or said not to be."""
     assert f"(kernels/{path.stem}.md)" in (ROOT / "docs" / "kernels.md").read_text()
     page = (ROOT / "docs" / "kernels" / path.name).with_suffix(".md").read_text()
     for needed in ("## Data flow", "## T", "not measured yet", "H100", "H200"):
