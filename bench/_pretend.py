@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 STUB = Path(__file__).with_suffix(".cpp")
+KEPT: list = []  # registrations, which are undone when they are collected
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
     major=9,
@@ -46,31 +48,35 @@ class CannotPretend(RuntimeError):
 def install() -> None:
     """Makes this process's torch believe in one H100. Call it once, before torch is imported; it cannot be undone.
 
-    Raises CannotPretend, with what is missing.
+    A CUDA build that has a GPU needs no pretence and gets none. Raises CannotPretend, with what is missing.
     """
-    if "torch" in sys.modules:
-        raise CannotPretend("torch is imported already: the stub must be loaded before it")
-    with tempfile.TemporaryDirectory() as folder:
-        _load(_build(Path(folder)))
-    import torch
-
-    _answer(torch)
-    _try_out(torch)
-
-
-def _build(folder: Path) -> Path:
-    """Compiles the stub against torch's headers, about 3 s."""
     found = importlib.util.find_spec("torch")
     if found is None:
         raise CannotPretend("torch is not installed")
     root = Path(found.submodule_search_locations[0])
-    if (root / "lib/libtorch_cuda.so").exists():
-        raise CannotPretend("this torch is a CUDA build, whose own hooks are in the way: expected a CPU-only build")
+    real = (root / "lib/libtorch_cuda.so").exists()
+    if not real:
+        if "torch" in sys.modules:
+            raise CannotPretend("torch is imported already: the stub must be loaded before it")
+        with tempfile.TemporaryDirectory() as folder:
+            _load(_build(root / "include", Path(folder)), root / "lib")
+    import torch
+
+    if real and not torch.cuda.is_available():
+        raise CannotPretend("this torch is a CUDA build without a GPU: expected a CPU-only build, or a GPU")
+    if not real:
+        _answer(torch)
+    torch.nn.functional.scaled_dot_product_attention = _flash_attention(torch)
+    _try_out(torch)
+
+
+def _build(headers: Path, folder: Path) -> Path:
+    """Compiles the stub against torch's headers, about 3 s."""
     compiler = shutil.which("g++")
     if compiler is None:
         raise CannotPretend("there is no g++: apt-get install g++")
     out = folder / "stub.so"
-    command = [compiler, "-shared", "-fPIC", "-O0", "-std=c++20", f"-I{root / 'include'}", str(STUB), "-o", str(out)]
+    command = [compiler, "-shared", "-fPIC", "-O0", "-std=c++20", f"-I{headers}", str(STUB), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:500])
@@ -78,9 +84,8 @@ def _build(folder: Path) -> Path:
     return out
 
 
-def _load(stub: Path) -> None:
+def _load(stub: Path, lib: Path) -> None:
     """Loads the stub behind the libraries that it registers with, and ahead of torch, which asks once."""
-    lib = Path(importlib.util.find_spec("torch").submodule_search_locations[0]) / "lib"
     try:
         for path in (lib / "libc10.so", lib / "libtorch_cpu.so", stub):
             ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
@@ -102,12 +107,12 @@ def _answer(torch) -> None:
     cuda._maybe_exchange_device = lambda index: -1  # two functions: torch.compile tells them apart
     cuda.get_rng_state = lambda device="cuda": torch.zeros(16, dtype=torch.uint8)
     cuda.set_rng_state = lambda state, device="cuda": None
-    torch.nn.functional.scaled_dot_product_attention = _flash_attention(torch)
-    _answer.memory = torch.library.Library("aten", "IMPL")  # undone when it is collected
     # passes over the graph make small real tensors, of constants and examples: they live in host memory
     host = lambda make: lambda *size, dtype=None, **_: make(*size, dtype=dtype, device="cpu")
-    _answer.memory.impl("empty.memory_format", host(torch.empty), "CUDA")
-    _answer.memory.impl("empty_strided", host(torch.empty_strided), "CUDA")
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty.memory_format", host(torch.empty), "CUDA")
+    library.impl("empty_strided", host(torch.empty_strided), "CUDA")
+    KEPT.append(library)
 
 
 def _flash_attention(torch) -> Callable:
@@ -190,9 +195,11 @@ def lower(fn: Callable, *args) -> list[Graph]:
         fn, backend=lambda gm, inputs: compile_fx(gm, inputs, inner_compile=inner), fullgraph=True, dynamic=False
     )
     settings = {"_post_fusion_custom_pass": after_fusion, "fx_graph_cache": False, "compile_threads": 1}
-    with config.patch(settings), autograd_config.patch(force_non_lazy_backward_lowering=True):
-        with suppress(_Enough):
-            compiled(*args)
+    settings["shape_padding"] = False  # decided by timing products
+    both = autograd_config.patch(force_non_lazy_backward_lowering=True)
+    with warnings.catch_warnings(), config.patch(settings), both, suppress(_Enough):
+        warnings.simplefilter("ignore")  # advice on settings of the GPU
+        compiled(*args)
     return graphs
 
 
@@ -216,12 +223,13 @@ def _graph(nodes: list) -> Graph:
 
 def _moved(node, inner: list) -> int:
     """Bytes of a scheduled node. A library's kernel reads the views that it is given, not all of their buffers."""
-    if not node.is_extern():
-        return sum(node.get_read_write_buffer_accesses(include_reads=True, include_writes=True).values())
-    written = sum(node.get_read_write_buffer_accesses(include_reads=False, include_writes=True).values())
-    if not written:
-        return 0
+    from torch._inductor.ir import MultiOutput
     from torch.utils import _pytree as pytree
 
+    if not node.is_extern():
+        return sum(node.get_read_write_buffer_accesses(include_reads=True, include_writes=True).values())
+    if isinstance(inner[0], MultiOutput):
+        return 0
+    written = sum(node.get_read_write_buffer_accesses(include_reads=False, include_writes=True).values())
     read = {id(x): int(x.get_numel()) * x.get_dtype().itemsize for x in pytree.tree_leaves(inner[0].inputs)}
     return written + sum(read.values())

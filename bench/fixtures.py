@@ -29,7 +29,7 @@ SOURCES = 30  # of the standard library's modules
 @pytest.fixture(autouse=True)
 def one_thread():
     """One thread of torch, in every module that imports this: with two, each waits for the other at every op, and on a
-    machine that does something else a copy of 1 MB then takes 16 ms instead of 0.1."""
+    machine that does something else a copy of 1 MB then takes 16 ms instead of 0.05."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -86,10 +86,9 @@ def random_shards(tokens: int, count: int = 8, vocab: int = 65536) -> list[Path]
     return files
 
 
-def build(cfg: RunConfig, dtype: torch.dtype = torch.float32) -> GPT:
+def build(cfg: RunConfig) -> GPT:
     """The preset's model with weights as after training."""
-    model = GPT(cfg.model, train_length=cfg.data.seq_len, compute_dtype=dtype).init_weights(1)
-    return look_trained_(model.to(dtype))
+    return look_trained_(GPT(cfg.model, train_length=cfg.data.seq_len).init_weights(1))
 
 
 @torch.no_grad()

@@ -202,7 +202,14 @@ def _values_in_qkv(one) -> int:
     return qkv.numel() * qkv.element_size() * kv // (heads + 2 * kv)
 
 
-UNREAD = {"qk_prep_bwd": _values_in_qkv}  # launches that are given more than they read
+def _values_without_xsa(one) -> int:
+    """Bytes of the values, which the preparation of the attention backward reads with XSA only."""
+    _, _, v, s = one.args[:4]
+    return v.numel() * v.element_size() if s is None else 0
+
+
+# launches that are given more than they read
+UNREAD = {"qk_prep_bwd": _values_in_qkv, "exclude_bwd": _values_without_xsa}
 
 
 @contextmanager
