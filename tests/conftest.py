@@ -13,7 +13,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: jit decides then
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = sorted(p.stem for p in ROOT.glob("kernels/[a-z]*.py"))
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
@@ -32,6 +31,8 @@ def kernels_on():
         import interp_shim
 
         interp_shim.install()
+    from helpers import KERNELS
+
     from pgolf.kernels import _op
 
     with _op.paths(**dict.fromkeys(KERNELS, "triton")):
@@ -50,12 +51,3 @@ def poisoned():
 def root() -> Path:
     """The repository's root."""
     return ROOT
-
-
-def random_batch(vocab: int, rows: int = 2, length: int = 32, seed: int = 0):
-    """A Batch of uniform random tokens."""
-    from pgolf.data.batch import Batch
-
-    gen = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocab, (rows, length + 1), generator=gen)
-    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import KERNELS, random_batch
+from helpers import KERNELS, random_batch
 
 from pgolf import runtime
 from pgolf.data.batch import Batch

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_batch
+from helpers import random_batch
 from torch.autograd import gradcheck
 
 from pgolf.kernels import _op
