@@ -24,9 +24,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pgolf.config import RunConfig
 from pgolf.presets import PRESETS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMMITTED = Path(__file__).with_name("step_bytes.json")
 SLACK = 1.02
@@ -192,7 +196,9 @@ def op_kernels(node, phase: str, library: bool = False) -> list[Moved]:
     unread = {short(one): UNREAD[short(one)](one) for one in trace.recording.launches if short(one) in UNREAD}
     xsa = op != "attention_bwd" or given["s"] is not None
     return [
-        Moved(phase, kind_of_event(e, xsa), f"{op}: {e.name}", e.bytes - unread.get(e.name, 0)) for e in trace.events
+        Moved(phase, kind_of_event(e, xsa), f"{op}: {e.name}", e.bytes - unread.get(e.name, 0))
+        for e in trace.events
+        if e.bytes
     ]
 
 
@@ -251,12 +257,19 @@ def kind_of_event(event, xsa: bool) -> str:
 
 
 def meta_arguments(node) -> list:
-    """The arguments of a call, tensors on the meta device with the strides that they have in the graph."""
+    """The arguments of a call, tensors on the meta device with the strides that they have in the graph. A tensor that
+    is given twice stays one."""
     import torch
     from torch.utils import _pytree as pytree
 
+    made: dict[int, Tensor] = {}
+
+    def bare(t: Tensor) -> Tensor:
+        if id(t) not in made:
+            made[id(t)] = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        return made[id(t)]
+
     values = torch.fx.node.map_arg(node.args, lambda n: n.meta["val"])
-    bare = lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
     return list(pytree.tree_map_only(torch.Tensor, bare, values))
 
 
@@ -322,6 +335,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.top < 0:
         parser.error(f"--top {args.top} must not be negative")
+    if args.path == "reference" and (args.fold or args.attention == "library"):
+        parser.error("--fold and --attention change the kernels path: got --path reference, expected kernels or both")
     from . import _pretend
 
     try:
