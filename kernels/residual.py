@@ -9,6 +9,8 @@ the *rounded* sum that is returned, so forward and backward see the same tensor;
 terms: 1 to 4 tensors (..., D), one dtype. weights: per term `None` (1), a (D,) vector or a scalar tensor, fp32; terms
 that are given the same tensor share it, and their gradient is one tensor.
 Returns (out, normed); `normed` is None with `normalize=False`.
+`residual_kept` also takes a sum inside the sum and returns it, rounded: kept = sum over the first `inner` terms,
+out = kept_weight * kept + the other terms: an encoder layer's output, which a U-Net skip reads later.
 
 Kernel: one pass each way. The sum is rounded once (the reference rounds after each term). Backward reads the terms,
 out, one fp32 number a row and the two gradients, recomputes nothing, and accumulates the weights' gradients in
@@ -63,6 +65,21 @@ def residual_ref(
     return out, normed if norm_scale == 1.0 else normed * norm_scale
 
 
+def residual_kept_ref(
+    terms: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    kept_weight: Tensor,
+    *,
+    inner: int,
+    norm_scale: float = 1.0,
+    eps: float = 2.0**-23,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reference of `residual_kept`."""
+    kept, _ = residual_ref(terms[:inner], weights[:inner], normalize=False)
+    outer = [kept, *terms[inner:]], [kept_weight, *weights[inner:]]
+    return kept, *residual_ref(*outer, norm_scale=norm_scale, eps=eps)
+
+
 # -- kernels: T rows of D numbers, contiguous; WS* is 1 for a (D,) weight, 0 for a scalar one ------------------------
 
 
@@ -76,10 +93,18 @@ def _term(t, w, at, j, mask, cols, WS: tl.constexpr):
 
 
 @jit
+def _keep(x, kept, wk, at, j, mask, cols):
+    """Stores the inner sum x; returns it, as it was rounded, times its weight."""
+    rounded = x.to(kept.dtype.element_ty)
+    tl.store(kept + at, rounded, mask=mask)
+    return rounded.to(tl.float32) * tl.load(wk + j, mask=cols, other=0.0).to(tl.float32)[None, :]
+
+
+@jit
 def _residual_fwd_kernel(
-    t0, t1, t2, t3, w0, w1, w2, w3, out, normed, rstd, T, norm_scale, eps,
+    t0, t1, t2, t3, w0, w1, w2, w3, kept, wk, out, normed, rstd, T, norm_scale, eps,
     D: tl.constexpr, WS0: tl.constexpr, WS1: tl.constexpr, WS2: tl.constexpr, WS3: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    INNER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     j = tl.arange(0, BLOCK_D)
@@ -87,10 +112,16 @@ def _residual_fwd_kernel(
     mask = (row < T)[:, None] & cols[None, :]
     at = row[:, None] * D + j[None, :]
     x = _term(t0, w0, at, j, mask, cols, WS0)
+    if INNER == 1:
+        x = _keep(x, kept, wk, at, j, mask, cols)
     if t1 is not None:
         x += _term(t1, w1, at, j, mask, cols, WS1)
+    if INNER == 2:
+        x = _keep(x, kept, wk, at, j, mask, cols)
     if t2 is not None:
         x += _term(t2, w2, at, j, mask, cols, WS2)
+    if INNER == 3:
+        x = _keep(x, kept, wk, at, j, mask, cols)
     if t3 is not None:
         x += _term(t3, w3, at, j, mask, cols, WS3)
     rounded = x.to(t0.dtype.element_ty)
@@ -116,16 +147,26 @@ def _term_grad(t, w, dt, acc, d, at, j, mask, cols, WS: tl.constexpr):
 
 
 @jit
+def _into_kept(d, acc, kept, wk, dkept, at, j, mask, cols):
+    """The inner sum's gradient from the outer one's; acc plus the column sums of d * kept."""
+    acc += tl.sum(d * tl.load(kept + at, mask=mask, other=0.0).to(tl.float32), axis=0)
+    d = d * tl.load(wk + j, mask=cols, other=0.0).to(tl.float32)[None, :]
+    if dkept is not None:
+        d += tl.load(dkept + at, mask=mask, other=0.0).to(tl.float32)
+    return d, acc
+
+
+@jit
 def _residual_bwd_kernel(
-    dout, dnormed, out, rstd, t0, t1, t2, t3, w0, w1, w2, w3, dt0, dt1, dt2, dt3, dplain, dw, T, norm_scale,
-    D: tl.constexpr, WS0: tl.constexpr, WS1: tl.constexpr, WS2: tl.constexpr, WS3: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    dout, dnormed, dkept, out, rstd, t0, t1, t2, t3, w0, w1, w2, w3, kept, wk, dt0, dt1, dt2, dt3, dplain, dw, T,
+    norm_scale, D: tl.constexpr, WS0: tl.constexpr, WS1: tl.constexpr, WS2: tl.constexpr, WS3: tl.constexpr,
+    INNER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid, programs = tl.program_id(0), tl.num_programs(0)
     j = tl.arange(0, BLOCK_D)
     cols = j < D
     g0 = tl.zeros((BLOCK_D,), tl.float32)
-    g1, g2, g3 = g0, g0, g0
+    g1, g2, g3, gk = g0, g0, g0, g0
     for block in range(pid, tl.cdiv(T, BLOCK_T), programs):
         row = (block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
         mask = (row < T)[:, None] & cols[None, :]
@@ -138,12 +179,18 @@ def _residual_bwd_kernel(
             unit = tl.load(out + at, mask=mask, other=0.0).to(tl.float32) * r
             dn = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32) * norm_scale
             d += r * (dn - unit * (tl.sum(dn * unit, axis=1) / D)[:, None])
+        g3 = _term_grad(t3, w3, dt3, g3, d, at, j, mask, cols, WS3)
+        if INNER == 3:
+            d, gk = _into_kept(d, gk, kept, wk, dkept, at, j, mask, cols)
+        g2 = _term_grad(t2, w2, dt2, g2, d, at, j, mask, cols, WS2)
+        if INNER == 2:
+            d, gk = _into_kept(d, gk, kept, wk, dkept, at, j, mask, cols)
+        g1 = _term_grad(t1, w1, dt1, g1, d, at, j, mask, cols, WS1)
+        if INNER == 1:
+            d, gk = _into_kept(d, gk, kept, wk, dkept, at, j, mask, cols)
+        g0 = _term_grad(t0, w0, dt0, g0, d, at, j, mask, cols, WS0)
         if dplain is not None:
             tl.store(dplain + at, d.to(dplain.dtype.element_ty), mask=mask)
-        g0 = _term_grad(t0, w0, dt0, g0, d, at, j, mask, cols, WS0)
-        g1 = _term_grad(t1, w1, dt1, g1, d, at, j, mask, cols, WS1)
-        g2 = _term_grad(t2, w2, dt2, g2, d, at, j, mask, cols, WS2)
-        g3 = _term_grad(t3, w3, dt3, g3, d, at, j, mask, cols, WS3)
     base = dw + pid.to(tl.int64) * D + j  # dw (weighted terms, programs, D), in the terms' order
     if w0 is not None:
         tl.store(base, g0, mask=cols)
@@ -156,6 +203,9 @@ def _residual_bwd_kernel(
         base += programs * D
     if w3 is not None:
         tl.store(base, g3, mask=cols)
+        base += programs * D
+    if INNER > 0:
+        tl.store(base, gk, mask=cols)
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------
@@ -178,63 +228,79 @@ def _slots(terms: Sequence[Tensor], weights: Sequence[Tensor], owner: list[int])
 
 
 def _residual(
-    terms: Sequence[Tensor], weights: Sequence[Tensor], index: int, norm_scale: float, eps: float, normalize: bool
+    terms: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    index: int,
+    inner: int,
+    kept_weight: Tensor | None,
+    norm_scale: float,
+    eps: float,
+    normalize: bool,
 ) -> list[Tensor]:
-    """[out] or [out, normed, rstd]; without `out` when it would be terms[0] itself."""
+    """[kept] if inner, [out] unless it would be terms[0] itself, [normed, rstd] if normalize."""
     ts, ws, steps = _slots(terms, weights, _weight_of(index, len(terms)))
     width = terms[0].shape[-1]
     rows = terms[0].numel() // max(width, 1)
-    out, normed, rstd = _outputs(terms, weights, normalize)
+    kept, out, normed, rstd = _outputs(terms, weights, inner, normalize)
     how = tuned("residual_fwd", terms[0], f"D{pow2(width)}")
     grid = (cdiv(rows, how.blocks["BLOCK_T"]),)
-    args = (*ts, *ws, out, normed, rstd, rows, norm_scale, eps)
-    launch(_residual_fwd_kernel, grid, *args, how=how, D=width, BLOCK_D=pow2(width), **steps)
-    return [o for o in (out, normed, rstd) if o is not None]
+    wk = None if kept_weight is None else kept_weight.contiguous()
+    args = (*ts, *ws, kept, wk, out, normed, rstd, rows, norm_scale, eps)
+    launch(_residual_fwd_kernel, grid, *args, how=how, D=width, INNER=inner, BLOCK_D=pow2(width), **steps)
+    return [o for o in (kept, out, normed, rstd) if o is not None]
 
 
-def _outputs(terms: Sequence[Tensor], weights: Sequence[Tensor], normalize: bool) -> list[Tensor | None]:
+def _outputs(terms: Sequence[Tensor], weights: Sequence[Tensor], inner: int, normalize: bool) -> list[Tensor | None]:
     new = lambda: torch.empty_like(terms[0], memory_format=torch.contiguous_format)
-    out = new() if len(terms) > 1 or len(weights) else None
+    kept, out = new() if inner else None, new() if len(terms) > 1 or len(weights) else None
     if not normalize:
-        return [out, None, None]
-    return [out, new(), torch.empty(terms[0].shape[:-1], dtype=torch.float32, device=terms[0].device)]
+        return [kept, out, None, None]
+    return [kept, out, new(), torch.empty(terms[0].shape[:-1], dtype=torch.float32, device=terms[0].device)]
 
 
-def _residual_fake(terms, weights, index, norm_scale, eps, normalize):
-    return [o for o in _outputs(terms, weights, normalize) if o is not None]
+def _residual_fake(terms, weights, index, inner, kept_weight, norm_scale, eps, normalize):
+    return [o for o in _outputs(terms, weights, inner, normalize) if o is not None]
 
 
 def _residual_bwd(
     dout: Tensor | None,
     dnormed: Tensor | None,
+    dkept: Tensor | None,
     out: Tensor | None,
     rstd: Tensor | None,
+    kept: Tensor | None,
+    kept_weight: Tensor | None,
     terms: Sequence[Tensor],
     weights: Sequence[Tensor],
     index: int,
+    inner: int,
     count: int,
     norm_scale: float,
 ) -> list[Tensor]:
-    """[gradient of each weight's terms], [gradient of each weight], then that of unweighted terms unless it is dout.
-
-    terms: the weighted ones of `count`; out and rstd: with dnormed only. What is not read is not kept.
-    """
+    """[gradient of each weight's terms], [of each weight], [of kept_weight if inner], then that of the unweighted
+    terms unless it is dout. terms: the weighted ones of `count`; out and rstd: with dnormed only. What is not read is
+    not kept."""
     owner = _weight_of(index, count)
     weighted, given = [k for k in owner if k >= 0], iter(terms)
     ts, ws, steps = _slots([None if k < 0 else next(given) for k in owner], weights, owner)
-    like = dnormed if dout is None else dout
+    like = next(g for g in (dout, dnormed, dkept) if g is not None)
     width = like.shape[-1]
     rows = like.numel() // max(width, 1)
-    dts, plain = _term_grads(like, weights, owner, dnormed)
+    dts, plain = _term_grads(like, weights, owner, inner, dnormed)
     how = tuned("residual_bwd", like, f"D{pow2(width)}")
     programs = max(1, min(cdiv(rows, how.blocks["BLOCK_T"]), 2 * sm_count(like)))
-    partial = torch.empty((len(weighted), programs, width), dtype=torch.float32, device=like.device)
+    sums = len(weighted) + (inner > 0)
+    partial = torch.empty((sums, programs, width), dtype=torch.float32, device=like.device)
     first = [dts[k] if k >= 0 and owner.index(k) == i else None for i, k in enumerate(owner)]
     slots = first + [None] * (MAX_TERMS - count)
-    grads = [g if g is None else g.contiguous() for g in (dout, dnormed, out)]
-    args = (*grads, rstd, *ts, *ws, *slots, plain, partial, rows, norm_scale)
-    launch(_residual_bwd_kernel, (programs,), *args, how=how, D=width, BLOCK_D=pow2(width), **steps)
-    return [*dts, *_weight_grads(partial.sum(1), weights, weighted), *([] if plain is None else [plain])]
+    grads = [g if g is None else g.contiguous() for g in (dout, dnormed, dkept, out)]
+    inside = [t if t is None else t.contiguous() for t in (kept, kept_weight)]
+    args = (*grads, rstd, *ts, *ws, *inside, *slots, plain, partial, rows, norm_scale)
+    constants = {"D": width, "INNER": inner, "BLOCK_D": pow2(width), **steps}
+    launch(_residual_bwd_kernel, (programs,), *args, how=how, **constants)
+    totals = partial.sum(1)
+    of_kept = [totals[-1].clone().to(kept_weight.dtype)] if inner else []
+    return [*dts, *_weight_grads(totals, weights, weighted), *of_kept, *([] if plain is None else [plain])]
 
 
 def _weight_grads(sums: Tensor, weights: Sequence[Tensor], weighted: list[int]) -> list[Tensor]:
@@ -247,45 +313,51 @@ def _weight_grads(sums: Tensor, weights: Sequence[Tensor], weighted: list[int]) 
     return out
 
 
-def _term_grads(like: Tensor, weights: Sequence[Tensor], owner: list[int], dnormed: Tensor | None):
-    """One for each weight, and one for unweighted terms, which without a norm's part is dout as it came: None."""
+def _term_grads(like: Tensor, weights: Sequence[Tensor], owner: list[int], inner: int, dnormed: Tensor | None):
+    """One for each weight, and one for unweighted terms unless that is dout as it came: a sum without norm or inner."""
     new = lambda: torch.empty_like(like, memory_format=torch.contiguous_format)
-    return [new() for _ in weights], new() if -1 in owner and dnormed is not None else None
+    return [new() for _ in weights], new() if -1 in owner and (inner or dnormed is not None) else None
 
 
-def _residual_bwd_fake(dout, dnormed, out, rstd, terms, weights, index, count, norm_scale):
-    like = dnormed if dout is None else dout
-    dts, plain = _term_grads(like, weights, _weight_of(index, count), dnormed)
-    dws = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+def _residual_bwd_fake(
+    dout, dnormed, dkept, out, rstd, kept, kept_weight, terms, weights, index, inner, count, norm_scale
+):
+    like = next(g for g in (dout, dnormed, dkept) if g is not None)
+    dts, plain = _term_grads(like, weights, _weight_of(index, count), inner, dnormed)
+    own = [*weights, kept_weight] if inner else weights
+    dws = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in own]
     return [*dts, *dws, *([] if plain is None else [plain])]
 
 
 def _setup(ctx, inputs, output):
-    terms, weights, ctx.index, ctx.norm_scale, _, ctx.normalize = inputs
+    terms, weights, ctx.index, ctx.inner, kept_weight, ctx.norm_scale, _, ctx.normalize = inputs
     ctx.count, ctx.has_out = len(terms), len(terms) > 1 or len(weights) > 0
-    out, rstd = (output if ctx.has_out else [terms[0], *output])[::2] if ctx.normalize else (None, None)
+    rest = output[1:] if ctx.inner else output
+    out, rstd = (rest if ctx.has_out else [terms[0], *rest])[::2] if ctx.normalize else (None, None)
     weighted = [t for t, k in zip(terms, _weight_of(ctx.index, ctx.count), strict=True) if k >= 0]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(out, rstd, *weights, *weighted)
+    ctx.save_for_backward(out, rstd, output[0] if ctx.inner else None, kept_weight, *weights, *weighted)
 
 
 def _backward(ctx, grads):
     owner = _weight_of(ctx.index, ctx.count)
     n = max(owner) + 1
-    out, rstd, *rest = ctx.saved_tensors
-    weights, terms = rest[:n], rest[n:]
+    out, rstd, kept, kept_weight, *saved = ctx.saved_tensors
+    weights, terms = saved[:n], saved[n:]
+    dkept, grads = (grads[0], grads[1:]) if ctx.inner else (None, grads)
     dout = grads[0] if ctx.has_out else None
     dnormed = grads[1 if ctx.has_out else 0] if ctx.normalize else None
-    if dout is None and dnormed is None:
-        return [None] * ctx.count, [None] * n, None, None, None, None
-    if dnormed is None and n == 0:  # a plain sum passes its gradient on
-        return [dout] * ctx.count, [], None, None, None, None
+    if dout is None and dnormed is None and dkept is None:
+        return [None] * ctx.count, [None] * n, *[None] * 6
+    if dnormed is None and n == 0 and not ctx.inner:  # a plain sum passes its gradient on
+        return [dout] * ctx.count, [], *[None] * 6
     if dnormed is None:
         out = rstd = None
-    got = _bwd_op(dout, dnormed, out, rstd, terms, weights, ctx.index, ctx.count, ctx.norm_scale)
-    plain = dout if dnormed is None else got[-1]
+    given = dout, dnormed, dkept, out, rstd, kept, kept_weight
+    got = _bwd_op(*given, terms, weights, ctx.index, ctx.inner, ctx.count, ctx.norm_scale)
+    plain = dout if dnormed is None and not ctx.inner else got[-1]
     dterms = [plain if k < 0 else got[k] for k in owner]
-    return dterms, list(got[n : 2 * n]), None, None, None, None
+    return dterms, list(got[n : 2 * n]), None, None, got[2 * n] if ctx.inner else None, None, None, None
 
 
 _bwd_op = register_op(_residual_bwd, _residual_bwd_fake)
@@ -304,21 +376,56 @@ def residual(
     _check(terms, weights)
     if not use_kernel("residual", terms[0]):
         return residual_ref(terms, weights, norm_scale=norm_scale, eps=eps, normalize=normalize)
-    check_kernel_dtype("residual", terms=terms[0])
-    if terms[0].shape[-1] > MAX_WIDTH:
-        raise ValueError(f"residual: width {terms[0].shape[-1]}, expected at most {MAX_WIDTH} for the kernel")
-    given, index = [], 0
-    for i, weight in enumerate(weights):
-        if weight is not None:
-            place = next((k for k, seen in enumerate(given) if seen is weight), len(given))
-            given += [weight] * (place == len(given))
-            index |= (place + 1) << 3 * i
+    given, index = _distinct(terms, weights, 0)
     if len(terms) == 1 and not given and not normalize:
         return terms[0], None
-    got = _op(list(terms), given, index, norm_scale, eps, normalize)
+    got = _op(list(terms), given, index, 0, None, norm_scale, eps, normalize)
     if len(terms) == 1 and not given:
         return terms[0], got[0]
     return got[0], got[1] if normalize else None
+
+
+def residual_kept(
+    terms: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    kept_weight: Tensor,
+    *,
+    inner: int,
+    norm_scale: float = 1.0,
+    eps: float = 2.0**-23,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(kept, out, normed), see the module's contract. kept_weight (D,) fp32; terms outside need a weight."""
+    _check(terms, weights)
+    if not 1 <= inner < len(terms) or any(w is None for w in weights[inner:]):
+        raise ValueError(
+            f"residual_kept: inner {inner} of {len(terms)} terms, weights {[w is not None for w in weights]}:"
+            " expected at least one term inside and weighted ones outside"
+        )
+    if kept_weight.shape != terms[0].shape[-1:]:
+        raise ValueError(
+            f"residual_kept: kept_weight {tuple(kept_weight.shape)}, expected {tuple(terms[0].shape[-1:])}"
+        )
+    if not use_kernel("residual", terms[0]):
+        return residual_kept_ref(terms, weights, kept_weight, inner=inner, norm_scale=norm_scale, eps=eps)
+    given, index = _distinct(terms, weights, inner)
+    kept, out, normed, _ = _op(list(terms), given, index, inner, kept_weight, norm_scale, eps, True)
+    return kept, out, normed
+
+
+def _distinct(terms: Sequence[Tensor], weights: Sequence[Tensor | None], inner: int) -> tuple[list[Tensor], int]:
+    """Each weight once, and the index (see the launchers). Terms share one inside and outside of the inner sum only."""
+    check_kernel_dtype("residual", terms=terms[0])
+    if terms[0].shape[-1] > MAX_WIDTH:
+        raise ValueError(f"residual: width {terms[0].shape[-1]}, expected at most {MAX_WIDTH} for the kernel")
+    given: list[tuple[bool, Tensor]] = []
+    index = 0
+    for i, weight in enumerate(weights):
+        if weight is not None:
+            mine = (i < inner, weight)
+            place = next((k for k, (side, w) in enumerate(given) if side == mine[0] and w is weight), len(given))
+            given += [mine] * (place == len(given))
+            index |= (place + 1) << 3 * i
+    return [w for _, w in given], index
 
 
 def _check(terms: Sequence[Tensor], weights: Sequence[Tensor | None]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pgolf.kernels.residual import residual, residual_ref
+from dataclasses import replace
+
+from pgolf.kernels.residual import residual, residual_kept, residual_kept_ref, residual_ref
 
 from .case import PRODUCTION, B, Case, D, Make, T
 
@@ -56,7 +58,30 @@ def case(name: str, weights: str, normalize: bool = True, preset: bool = True) -
     )
 
 
+def kept_case(name: str, weights: str, inner: int, preset: bool = True) -> Case:
+    """A sum inside the sum: the first `inner` letters are inside."""
+    plain = case(name, weights, preset=preset)
+
+    def build(make: Make, b: int, t: int, d: int) -> dict:
+        given = plain.inputs(make, b, t, d)
+        del given["normalize"]
+        return {**given, "kept_weight": make.param(d), "inner": inner}
+
+    def traffic(b: int, t: int, d: int, item: int) -> tuple[int, int]:
+        """One output more forward; backward reads its gradient, and it too."""
+        stream = b * t * d * item
+        forward, backward = plain.traffic(b, t, d, item)
+        return forward + stream, backward + 2 * stream
+
+    grads = (*plain.grads, "kept_weight")
+    return replace(plain, inputs=build, fn=residual_kept, ref=residual_kept_ref, grads=grads, traffic=traffic)
+
+
 CASES = [
+    kept_case("keep_mix", "nvv", 2),
+    kept_case("keep_mix_folded", "nnv", 2),
+    kept_case("keep_one", "vvv", 1, preset=False),
+    kept_case("keep_three", "v=nv", 3, preset=False),
     case("mix", "vvv"),
     case("mix_folded", "v=v"),
     case("mix_skip", "vvvv"),

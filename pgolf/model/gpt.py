@@ -82,13 +82,19 @@ class GPT(nn.Module):
         if self.value_table is not None:
             ctx.value_embed = self.value_table(ids, self.compute_dtype)
         x0 = self.embed(ids, self.compute_dtype)
-        x = Stream.of(x0)
+        x, owed = Stream.of(x0), None  # owed: the slot of an output that is read later and not summed yet
         kept: dict[int, Tensor] = {}
-        for step in self.plan:
+        for step, after in zip(self.plan, (*self.plan[1:], None), strict=True):
             if step.skip_from is not None:
                 x = self.skips(x, kept[step.skip_from], step.skip_row)
-            x = self.blocks[step.block](x, x0, ctx)
-            if step.keep:
+            block = self.blocks[step.block]
+            summed, u, n = block.enter(x, x0, keep=owed is not None)
+            if owed is not None:
+                kept[owed], owed = summed, None
+            x = block(u, n, ctx)
+            if step.keep and after is not None and after.skip_from is None:
+                owed = step.slot
+            elif step.keep:
                 kept[step.slot] = x.sum()
                 x = Stream.of(kept[step.slot])
         if self.backout is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pgolf.kernels.residual import MAX_TERMS, residual
+from pgolf.kernels.residual import MAX_TERMS, residual, residual_kept
 
 
 @dataclass(frozen=True)
@@ -43,3 +43,13 @@ class Stream:
     def normed(self, eps: float, norm_scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """(sum, RMS norm of the sum times norm_scale)."""
         return residual(self.terms, self.weights, norm_scale=norm_scale, eps=eps)
+
+    def mixed(self, mix: Tensor, x0: Tensor, mix0: Tensor, *, keep: bool, eps: float, norm_scale: float):
+        """(the sum, or None without `keep`; u = mix * sum + mix0 * x0; RMS norm of u times norm_scale).
+
+        With `keep` the sum is written on the way: one pass, where summing first would read it once more.
+        """
+        if not keep:
+            return None, *self.times(mix).plus(x0, mix0).normed(eps, norm_scale)
+        terms, weights = (*self.terms, x0), (*self.weights, mix0)
+        return residual_kept(terms, weights, mix, inner=len(self.terms), eps=eps, norm_scale=norm_scale)

@@ -64,13 +64,13 @@ class Block(nn.Module):
     def scales(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.folded else (self.attn_scale, self.mlp_scale)
 
-    def mix(self, x: Stream, x0: Tensor) -> tuple[Tensor, Tensor]:
-        """u and its norm."""
-        return x.times(self.resid_mix[0]).plus(x0, self.resid_mix[1]).normed(self.eps, self.norm_scale)
+    def enter(self, x: Stream, x0: Tensor, keep: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(x summed, or None without `keep`; u; norm of u)."""
+        m0, m1 = self.resid_mix[0], self.resid_mix[1]
+        return x.mixed(m0, x0, m1, keep=keep, eps=self.eps, norm_scale=self.norm_scale)
 
-    def forward(self, x: Stream, x0: Tensor, ctx: Context) -> Stream:
+    def forward(self, u: Tensor, n: Tensor, ctx: Context) -> Stream:
         (l0, l1), (a_scale, b_scale) = self.lambdas(), self.scales()
-        u, n = self.mix(x, x0)
         a = self.attn(n, ctx)
         if self.sandwich:
             a = rms_norm(a, self.eps)
@@ -89,8 +89,7 @@ class ParallelBlock(Block):
     def lambdas(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.resid_lambda is None else (self.resid_lambda[0], None)
 
-    def forward(self, x: Stream, x0: Tensor, ctx: Context) -> Stream:
-        u, n = self.mix(x, x0)
+    def forward(self, u: Tensor, n: Tensor, ctx: Context) -> Stream:
         return Stream((u, self.attn(n, ctx), self.mlp(n)), (self.lambdas()[0], *self.scales()))
 
 
