@@ -70,6 +70,7 @@ def test_committed_figures_cover_every_production_case():
     assert of_case <= launching
     archs = {int(name.split()[0].removeprefix("sm_")) for name in static.committed()}
     assert archs == set(static.ARCHS)
+    assert not [name for name, figures in static.committed().items() if figures["spills"]]
 
 
 def test_command_line(tmp_path):
