@@ -58,7 +58,15 @@ def register_op(
     fake: same signature, empty outputs of the right shapes, dtypes and strides. setup(ctx, inputs, output) and
     backward(ctx, *grads): the autograd rule; save inputs and outputs only. Outputs must not alias inputs.
     """
-    op = torch.library.custom_op(f"{LIBRARY}::{body.__name__.lstrip('_')}", body, mutates_args=mutates)
+    name = body.__name__.strip("_")
+
+    def watched(*args):
+        with _watches[-1](name) if _watches else nullcontext():
+            return body(*args)
+
+    schema = torch.library.infer_schema(body, mutates_args=mutates)
+    qualified = f"{LIBRARY}::{body.__name__.lstrip('_')}"
+    op = torch.library.custom_op(qualified, watched, mutates_args=mutates, schema=schema)
 
     def fake_or_record(*args):
         return _recordings[-1].run(body, fake, args) if _recordings else fake(*args)
@@ -67,6 +75,19 @@ def register_op(
     if backward is not None:
         op.register_autograd(backward, setup_context=setup)
     return op
+
+
+_watches: list[Callable[[str], AbstractContextManager]] = []
+
+
+@contextmanager
+def watching(watch: Callable[[str], AbstractContextManager]) -> Iterator[None]:
+    """Inside, watch(name) is entered around the body of every op that runs: a profiler's ranges. Compiled or not."""
+    _watches.append(watch)
+    try:
+        yield
+    finally:
+        _watches.pop()
 
 
 # -- launches --------------------------------------------------------------------------------------------------------
@@ -95,6 +116,8 @@ def tuned(kernel: str, x: Tensor, shape_class: str = "*") -> Launch:
     Searches (arch, shape_class), (arch, "*"), then the same for the nearest lower arch. KeyError if there is none.
     """
     rows, arch = TABLE[kernel], arch_of(x)
+    if _recordings:
+        _recordings[-1].asked.append((kernel, shape_class))
     known = sorted({a for a, _ in rows if a <= arch and (a == INTERPRETER) == (arch == INTERPRETER)}, reverse=True)
     for candidate in known:
         for key in ((candidate, shape_class), (candidate, "*")):
@@ -142,6 +165,7 @@ class Recording:
 
     arch: int
     launches: list[Recorded] = field(default_factory=list)
+    asked: list[tuple[str, str]] = field(default_factory=list)  # (kernel, shape class) of every look-up in the table
     watch: Callable[[str], AbstractContextManager] = nullcontext  # entered around each op's body, with its name
 
     def run(self, body: Callable, fake: Callable, args: tuple) -> Any:
