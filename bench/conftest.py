@@ -15,6 +15,7 @@ import torch
 from . import timing
 
 ROWS = pytest.StashKey[list]()  # lines of the summary
+NOTES = pytest.StashKey[list]()  # text below it
 COLUMNS = {  # of the summary: what of a benchmark's extra_info
     "ms": "ms", "p20": "p20", "p80": "p80", "host": "host_ms",
     "GB/s": "gb_per_s", "TFLOP/s": "tflop_per_s", "% roof": "percent_of_roof",
@@ -31,12 +32,13 @@ def pytest_addoption(parser):
         "--bench-size",
         default="production",
         choices=("production", "small"),
-        help="small: kernels' benchmarks on their smallest inputs, on a CPU with the references (default %(default)s)",
+        help="small: kernels and steps on their smallest inputs, on a CPU with the references (default %(default)s)",
     )
+    group.addoption("--bench-budget", help="a step budget in place of bench/budget.toml")
 
 
 def pytest_configure(config):
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[NOTES] = [], []
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError('pytest-benchmark is not installed: pip install -e ".[bench]"')
     rounds, device = config.getoption("bench_rounds"), config.getoption("bench_device")
@@ -146,3 +148,5 @@ def pytest_terminal_summary(terminalreporter, config):
     for name, what in rows:
         cells = (f"{what[key]:9.4g}" if key in what else f"{'-':>9s}" for key in COLUMNS.values())
         terminalreporter.line(f"{name:{width}s} " + " ".join(cells))
+    for note in config.stash[NOTES]:
+        terminalreporter.line(note)

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from pgolf.config import RunConfig
 from pgolf.data import corpus as embedded
 from pgolf.data.shards import open_shard, write_shard
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.model.gpt import GPT
+
+from .weights import look_trained_
 
 VOCAB = 1024
 SOURCES = 30  # of the standard library's modules
@@ -89,15 +90,3 @@ def random_shards(tokens: int, count: int = 8, vocab: int = 65536) -> list[Path]
 def build(cfg: RunConfig) -> GPT:
     """The preset's model with weights as after training."""
     return look_trained_(GPT(cfg.model, train_length=cfg.data.seq_len).init_weights(1))
-
-
-@torch.no_grad()
-def look_trained_(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Adds to every parameter normal noise whose scale differs by row, log-normally, as trained rows do; nothing stays
-    zero. Codecs find in it what they find in trained weights: no repeats, uneven rows."""
-    gen = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        rows = p.shape[:1] + (1,) * (p.ndim - 1)
-        scale = 0.02 * torch.exp(0.5 * torch.randn(rows, generator=gen))
-        p.add_((scale * torch.randn(p.shape, generator=gen)).to(p.dtype))
-    return model

@@ -36,6 +36,20 @@ GPUS = {
 }
 
 
+# Names that the driver gives. Others of the family (PCIe, NVL, a part by MIG) are slower and not to be taken for these.
+DEVICE_NAMES = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+}
+
+
+def key_of(device_name: str) -> str | None:
+    """The key in GPUS of what `torch.cuda.get_device_name` says, None for a GPU that is not there."""
+    return DEVICE_NAMES.get(device_name.strip())
+
+
 def with_roofs(gpu: Gpu, path: Path) -> Gpu:
     """`gpu` with the roofs that a report measured: keys gemm, attention and copy of its "roofs"."""
     roofs = json.loads(path.read_text())["roofs"]
