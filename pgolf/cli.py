@@ -23,6 +23,7 @@ FLAGS = {
     "--version": "print the version",
 }
 INTERRUPTED = 130
+CUT_OFF = 141  # as a shell calls it
 # Shown by --help, in this order; docs/levers.md has all of them.
 MOST_USED = (
     "SEED", "ITERATIONS", "MAX_WALLCLOCK_SECONDS", "DATA_PATH", "TOKENIZER_PATH", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN",
@@ -43,7 +44,9 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     argv = sys.argv[1:] if argv is None else argv
     environ = config.process_environment() if environ is None else environ
     try:
-        return _main([a for a in argv if a != "--debug"], environ)
+        code = _main([a for a in argv if a != "--debug"], environ)
+        sys.stdout.flush()
+        return code
     except PgolfError as err:
         if "--debug" in argv:
             traceback.print_exc()
@@ -51,6 +54,9 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         if not isinstance(err, ConfigError) or environ.get("RANK", "0") in ("", "0"):
             print(f"error: {err}", file=sys.stderr)
         return err.exit_code
+    except BrokenPipeError:  # `--help | head`: the reader has what it wanted; what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CUT_OFF
     except KeyboardInterrupt:
         if "--debug" in argv:
             traceback.print_exc()
@@ -139,4 +145,5 @@ def exit_codes() -> dict[int, str]:
     """Every exit code and what it means."""
     classes = [PgolfError, *PgolfError.__subclasses__()]
     known = {c.exit_code: f"{c.__name__}: {(c.__doc__ or '').splitlines()[0]}" for c in classes if c is not PgolfError}
-    return {0: "success", errors.PgolfError.exit_code: "any other error", **known, INTERRUPTED: "interrupted (Ctrl-C)"}
+    ended = {INTERRUPTED: "interrupted (Ctrl-C)", CUT_OFF: "what read the output stopped reading, as head does"}
+    return {0: "success", errors.PgolfError.exit_code: "any other error", **known, **ended}

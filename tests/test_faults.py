@@ -145,3 +145,15 @@ def test_help_is_quick_and_torch_free():
         best = min(best, time.monotonic() - began)
         assert done.returncode == 0 and b"PRESET" in done.stdout
     assert best < 1.0
+
+
+def test_reader_that_stops_reading(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "train_gpt.py", "--help"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -31,6 +31,12 @@ def atomic_kernel(x, y, B: tl.constexpr):
 
 
 @triton.jit
+def scatter_kernel(x, y, B: tl.constexpr):
+    i = tl.arange(0, B)
+    tl.atomic_add(y + (i & 7), tl.load(x + i), sem="relaxed")  # unused result: SASS has REDG, not ATOMG
+
+
+@triton.jit
 def no_wgmma_kernel(x, y, B: tl.constexpr):
     i = tl.arange(0, B)
     at = i[:, None] * B + i[None, :]
@@ -52,6 +58,7 @@ if __name__ == "__main__":
     rows = {
         "spills": compiled(spills_kernel, 128, 1),
         "atomic": compiled(atomic_kernel, 256, 4),
+        "scatter": compiled(scatter_kernel, 256, 4),
         "no_wgmma": compiled(no_wgmma_kernel, 16, 4),  # 16 rows: too few for a warp group
         "good": compiled(good_kernel, 1024, 4),
     }

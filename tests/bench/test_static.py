@@ -34,6 +34,7 @@ def test_bad_kernels_are_refused():
     faults = {name: row.faults(allowed_atomics=False) for name, row in rows.items()}
     assert faults["good"] == []
     assert any("spill" in f for f in faults["spills"])
+    assert any("atomics" in f for f in faults["scatter"])
     assert any("atomics" in f for f in faults["atomic"]) and not rows["atomic"].faults(allowed_atomics=True)
     assert faults["no_wgmma"] == ["a product without wgmma"]
     assert rows["good"].wide > 0 and rows["good"].registers > 0
