@@ -46,7 +46,7 @@ def with_gradients(cfg: RunConfig) -> tuple[GPT, Optimizers]:
     model = build(cfg)
     infos = roles_of(model)
     layers = (cfg.model.plan.num_layers, cfg.model.plan.n_encoder)
-    optim = Optimizers(build_groups(infos, cfg.optim, layers, cfg.model.embed.tied), cfg.optim.muon)
+    optim = Optimizers(build_groups(infos, cfg.optim, layers, cfg.model.embed.tied), cfg.optim)
     gen = torch.Generator().manual_seed(2)
     for p in optim.params:
         p.grad = torch.randn(p.shape, generator=gen) * 0.01

@@ -118,24 +118,41 @@ class Dist:
                 tdist.all_reduce(tensor)
         return tensor
 
-    @torch.no_grad()
     def mean_grads_(self, grads: list[Tensor]) -> None:
-        """Averages each tensor over the ranks, in place. Same list (shapes, dtypes, order) on every rank.
+        """Averages each tensor over the ranks, in place. Same list (shapes, dtypes, order) on every rank."""
+        self.start_mean_(grads).wait()
 
-        One flat buffer and one all-reduce per dtype: a few large messages instead of a hundred small ones. Costs one
-        copy of the gradients in memory.
+    @torch.no_grad()
+    def start_mean_(self, grads: list[Tensor]) -> Pending:
+        """Starts to average each tensor over the ranks, in place; they are averaged when the result's `wait` returns.
+
+        One flat fp32 buffer (fp64 if a tensor is) and one all-reduce: one large message instead of a hundred small
+        ones, which cost their latency each. The sum of bf16 tensors is fp32's, rounded once.
         """
         if self.world_size == 1 or not grads:
-            return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for grad in grads:
-            by_dtype.setdefault(grad.dtype, []).append(grad)
-        for group in by_dtype.values():
-            flat = torch.cat([g.reshape(-1) for g in group])
-            # Dividing first keeps fp16 sums in range, and is exact when the number of ranks is a power of two.
-            self.all_reduce_sum_(flat.div_(self.world_size))
-            pieces = flat.split([g.numel() for g in group])
-            torch._foreach_copy_(group, [p.view(g.shape) for p, g in zip(pieces, group, strict=True)])
+            return Pending()
+        wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+        # Dividing first is exact when the number of ranks is a power of two.
+        flat = torch.cat([g.reshape(-1).to(wide) for g in grads]).div_(self.world_size)
+        pieces = [p.view(g.shape) for p, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
+        work = self._start("mean of gradients", lambda: tdist.all_reduce(flat, async_op=True))
+        return Pending(self, "mean of gradients", work, lambda: torch._foreach_copy_(grads, pieces))
+
+    def reduce_scatter(self, shard: Tensor, full: Tensor) -> Pending:
+        """Starts to make `shard` the sum over ranks of this rank's part of `full` (ranks * len(shard), ...)."""
+        scatter = getattr(tdist, "reduce_scatter_single", None) or tdist.reduce_scatter_tensor  # renamed in torch 2.13
+        work = self._start("reduce-scatter", lambda: scatter(shard, full, async_op=True))
+        return Pending(self, "reduce-scatter", work)
+
+    def all_gather(self, full: Tensor, shard: Tensor) -> Pending:
+        """Starts to make `full` (ranks * len(shard), ...) the shards of all ranks, in order."""
+        gather = getattr(tdist, "all_gather_single", None) or tdist.all_gather_into_tensor  # renamed in torch 2.13
+        work = self._start("all-gather", lambda: gather(full, shard, async_op=True))
+        return Pending(self, "all-gather", work)
+
+    def _start(self, what: str, begin: Callable[[], Any]) -> Any:
+        with self._collective(what):
+            return begin()
 
     @torch.no_grad()
     def broadcast_params_(self, params: list[Tensor]) -> None:
@@ -153,6 +170,15 @@ class Dist:
         with self._collective("broadcast of an object"):
             tdist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value` (picklable), in order of rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        box = [None] * self.world_size
+        with self._collective("gathering of objects"):
+            tdist.all_gather_object(box, value)
+        return box
 
     def broadcast_float(self, value: float) -> float:
         """Rank 0's number on every rank, bit for bit; one small CPU message, cheap enough for every step."""
@@ -197,6 +223,22 @@ class Dist:
                 f"rank {self.rank} of {self.world_size}: {what} failed: {str(err).splitlines()[0]}\n"
                 "Another rank has probably stopped; look for its message above, it names the cause."
             ) from err
+
+
+class Pending:
+    """A collective under way; without arguments one that has nothing to do."""
+
+    def __init__(self, dist: Dist | None = None, what: str = "", work: Any = None, then: Callable | None = None):
+        self.dist, self.what, self.work, self.then = dist, what, work, then
+
+    @torch.no_grad()
+    def wait(self) -> None:
+        """Returns when the result may be used: on a CPU when it is there, on a GPU when its stream will wait for it."""
+        if self.work is not None:
+            with self.dist._collective(self.what):
+                self.work.wait()
+        if self.then:
+            self.then()
 
 
 class Clock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 import uuid
 from collections import deque
@@ -29,11 +28,12 @@ from pgolf.model.objective import Objective
 from pgolf.model.roles import roles_of
 from pgolf.optim.average import Averager
 from pgolf.optim.groups import build_groups
+from pgolf.optim.health import LAG, Divergence, Health
 from pgolf.optim.muon import momentum_at
 from pgolf.optim.schedule import Progress, lr_scale
 from pgolf.optim.step import Optimizers
 from pgolf.phases import Phases
-from pgolf.quant.weight_cast import WeightCast
+from pgolf.quant.weight_cast import WeightCast, bank_weights
 
 
 class Trainer:
@@ -65,11 +65,12 @@ class Trainer:
         self.model.init_weights(t.seed).to(self.device)
         dist.broadcast_params_(list(self.model.parameters()))
         self.infos = roles_of(self.model)
-        on = self.runtime.weight_cast.value == "on"
-        self.cast = WeightCast(self.model, self.infos, cfg.quant, self.runtime.compute_dtype) if on else None
         layers = (cfg.model.plan.num_layers, cfg.model.plan.n_encoder)
-        self.optim = Optimizers(build_groups(self.infos, cfg.optim, layers, cfg.model.embed.tied), cfg.optim.muon)
-        self.params = [i.param for i in self.infos if i.param.requires_grad]
+        groups = build_groups(self.infos, cfg.optim, layers, cfg.model.embed.tied)
+        banks = bank_weights(self.model, self.infos, cfg.quant, [g.infos for g in groups if g.kind == "muon"])
+        on, dtype = self.runtime.weight_cast.value == "on", self.runtime.compute_dtype
+        self.cast = WeightCast(self.model, self.infos, cfg.quant, dtype, banks) if on else None
+        self.optim = Optimizers(groups, cfg.optim, dist, banks)
         self.objective = Objective(cfg.loss, self.model, self.device)
         self.phases = Phases(self.model, self.infos, cfg.quant, self.cast)
         self.averager = Averager({i.name: i.param for i in self.infos}, cfg.average)
@@ -80,6 +81,9 @@ class Trainer:
         self.nll = self.compiled(lambda ids, targets: self.model(Batch(ids, targets))[0])
         self.step_number, self.lr_scale, self.tokens = 0, 1.0, 0
         self.last_val: EvalResult | None = None
+        self.recent: deque = deque(maxlen=(LAG + 2) * self.loader.micro_steps)  # (step, batch), for `not_finite`
+        self.losses: deque = deque(maxlen=20)  # (step, loss) that were read
+        self.divergence = Divergence()
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -112,37 +116,55 @@ class Trainer:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def step(self, lr_scale: float, step_number: int) -> Tensor:
-        """Forward, backward, average over ranks, clip, update. Returns this rank's mean loss, on the device."""
-        cfg, accum = self.cfg, self.loader.micro_steps
+        """Forward, backward, average over ranks, clip, update. Returns the mean loss over ranks, on the device."""
+        accum = self.loader.micro_steps
         total = torch.zeros((), device=self.device)
         if self.cast:
             self.cast.refresh_()
         for _ in range(accum):
-            loss, plain = self.compute_loss(self.loader.next_batch())
+            batch = self.loader.next_batch()
+            self.recent.append((step_number, batch))
+            loss, plain = self.compute_loss(batch)
             (loss / accum).backward()
             if self.cast:
                 self.cast.collect_()
             total += plain / accum
-        clip = cfg.optim.clip
-        if clip and clip.scope == "rank":
-            self.optim.clip_(clip)
-        self.dist.mean_grads_([p.grad for p in self.params if p.grad is not None])
-        if clip and clip.scope == "global":
-            self.optim.clip_(clip)
-        self.optim.set(lr_scale, momentum_at(step_number, cfg.optim.muon))
+        self.optim.set(lr_scale, momentum_at(step_number, self.cfg.optim.muon))
+        total = self.optim.reduce_(total, step_number)
         self.optim.step()
         self.optim.zero_grad()
         return total
 
-    def mean_loss(self, loss: Tensor) -> float:
-        """Mean over ranks as a Python number; stops the run when it is not finite. A host synchronisation."""
-        value = self.dist.all_reduce_sum_(loss.clone()).item() / self.dist.world_size
-        if not math.isfinite(value):
-            raise NumericalError(
-                f"step {self.step_number}: training loss is {value}; expected a finite number\n"
-                "The run is stopped and nothing is exported: lower the learning rates or set GRAD_CLIP_NORM."
-            )
+    def read_loss(self, loss: Tensor) -> float:
+        """A step's mean loss as a Python number, kept for messages; warns when losses diverge. A host sync."""
+        value = loss.item()
+        self.losses.append((self.step_number, value))
+        if said := self.divergence.note(value):
+            self.log.event("warning", text=said, step=self.step_number)
+            self.log.line(f"warning: step {self.step_number}: {said}")
         return value
+
+    def check_finite(self) -> None:
+        """Raises NumericalError if any step so far was not finite. A host sync."""
+        self.optim.health.post()
+        self.dist.synchronize()
+        bad_step = self.optim.health.read()
+        if bad_step is not None:
+            raise self.not_finite(bad_step)
+
+    def not_finite(self, step: int) -> NumericalError:
+        """The error of a step (from 0) whose loss or gradient was inf or NaN. A collective."""
+        from pgolf.diagnose import first_bad
+
+        found = first_bad(self, [batch for at, batch in self.recent if at == step])
+        where = [f"rank {rank}: {text}" for rank, text in enumerate(self.dist.gather_objects(found)) if text]
+        last = ", ".join(f"{at}: {value:.4f}" for at, value in list(self.losses)[-8:]) or "none"
+        return NumericalError(
+            f"step {step + 1}: training loss or gradient is not finite; first seen in "
+            f"{where[0] if where else 'nothing that can be found again in an eager forward and backward'}\n"
+            f"Last losses (step: loss): {last}. The weights are those before that step; nothing is exported.\n"
+            "Lower the learning rates or set GRAD_CLIP_NORM."
+        )
 
     # -- phases of the run ---------------------------------------------------------------------------------------
 
@@ -151,21 +173,20 @@ class Trainer:
         if not self.cfg.train.warmup_steps:
             return
         weights = copy.deepcopy(self.model.state_dict())
-        state = copy.deepcopy(self.optim.state_dict())
         for variant in self.phases.variants():
             steps = self.cfg.train.warmup_steps if variant == "start" else min(2, self.cfg.train.warmup_steps)
             for i in range(steps):
                 self.step(0.0, 0)
                 self.log.progress(f"warm-up ({variant})", i + 1, steps)
         self.model.load_state_dict(weights)
-        self.optim.load_state_dict(state)
+        self.optim.reset_()
         self.loader.close()
         self.loader = self._new_loader()
 
     def train(self) -> None:
         """Steps until `iterations` or the cap, whichever comes first; every decision comes from rank 0's clock."""
         cfg, steps = self.cfg, self.cfg.train.iterations
-        pace, skipped = Pace(self.device), (0, 0.0)
+        pace, skipped = Pace(self.device, self.optim.health), (0, 0.0)
         self.clock.start()
         while self.step_number < steps and not self.clock.expired:
             if self.step_number == cfg.schedule.skip_steps:
@@ -180,9 +201,12 @@ class Trainer:
             self.step_number += 1
             self.tokens += self.loader.tokens_per_step
             self.averager.update(self.step_number, self.lr_scale)
-            pace.wait()
+            bad_step = pace.wait()
+            if bad_step is not None:
+                raise self.not_finite(bad_step)
             self.clock.tick()
             self._report(loss)
+        self.check_finite()
         if self.step_number < steps:
             self.log.stopping_early(self.clock.elapsed_ms, self.step_number, steps)
         self.clock.pause()
@@ -192,11 +216,11 @@ class Trainer:
         t, n, ms = self.cfg.train, self.step_number, self.clock.elapsed_ms
         last = n == t.iterations or self.clock.expired
         if last or n <= 10 or (t.train_log_every and n % t.train_log_every == 0):
-            left = self.clock.left_ms
+            left, value = self.clock.left_ms, self.read_loss(loss)
             self.log.step(
                 n,
                 t.iterations,
-                self.mean_loss(loss),
+                value,
                 ms,
                 lr_scale=self.lr_scale,
                 tokens_per_second=1000 * self.tokens / max(ms, 1e-9),
@@ -220,20 +244,24 @@ class Trainer:
 
 
 class Pace:
-    """Keeps the host at most two steps ahead of a GPU, so that host time is training time; without this the clock would
-    measure how fast kernels are queued."""
+    """Keeps the host at most two steps ahead of a GPU, so that host time is training time; else the clock would
+    measure how fast kernels are queued. What `health` found is read when a step is known to be done: no other wait."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, health: Health):
         self.events: deque = deque()
-        self.cuda = device.type == "cuda"
+        self.cuda, self.health = device.type == "cuda", health
 
-    def wait(self) -> None:
-        if self.cuda:
-            event = torch.cuda.Event()
-            event.record()
-            self.events.append(event)
-            if len(self.events) > 2:
-                self.events.popleft().synchronize()
+    def wait(self) -> int | None:
+        """After each step. Returns the first step that was not finite, None so far; on a GPU at most 2 steps late."""
+        self.health.post()
+        if not self.cuda:
+            return self.health.read()
+        event = torch.cuda.Event()
+        event.record()
+        self.events.append(event)
+        if len(self.events) > LAG:
+            self.events.popleft().synchronize()
+        return self.health.read(late=LAG)
 
 
 def budget_used(now: Progress) -> float:

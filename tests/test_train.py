@@ -278,7 +278,7 @@ def test_preset_builds_steps_and_round_trips(name):
     model = GPT(small, train_length=32).init_weights(0)
     infos = roles_of(model)
     plan = (small.plan.num_layers, small.plan.n_encoder)
-    optim = Optimizers(build_groups(infos, cfg.optim, plan, small.embed.tied), cfg.optim.muon)
+    optim = Optimizers(build_groups(infos, cfg.optim, plan, small.embed.tied), cfg.optim)
     objective = Objective(cfg.loss, model)
     ids = torch.randint(0, small.embed.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())

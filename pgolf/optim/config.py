@@ -18,11 +18,19 @@ class MuonConfig:
     momentum_warmup_steps: int = 500  # steps from momentum_start to momentum, linear
     ns_steps: int = 5  # Newton-Schulz iterations
     weight_decay: float = 0.0  # decoupled, times the scheduled lr, before the update
+    # Over several ranks: "shard" orthogonalises a share of the matrices on each and gathers the results (Parallel
+    # Muon), "replicate" averages all gradients and does everything on every rank, as DistributedDataParallel would
+    parallel: str = "shard"
+    exchange_dtype: str = "fp32"  # of gradients and updates between ranks, and of the momentum: fp32 or bf16
 
     def problems(self) -> list[str]:
         out = [] if self.lr >= 0 and self.ns_steps >= 1 else [f"lr={self.lr} >= 0 and ns_steps={self.ns_steps} >= 1"]
         if not 0 <= self.momentum < 1 or not 0 <= self.momentum_start < 1:
             out.append(f"momentum={self.momentum} and momentum_start={self.momentum_start} must be in [0, 1)")
+        if self.parallel not in ("shard", "replicate"):
+            out.append(f"parallel={self.parallel!r} must be shard or replicate")
+        if self.exchange_dtype not in ("fp32", "bf16"):
+            out.append(f"exchange_dtype={self.exchange_dtype!r} must be fp32 or bf16")
         return out
 
 

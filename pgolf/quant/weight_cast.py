@@ -2,33 +2,51 @@
 
 The graph's inputs are the casts. So late QAT is an argument of the cast, `quantize`, and never a second graph; and the
 casts of all micro-batches and of forward and backward are one. The gradient of a cast is the straight-through gradient
-of its master. Matrices of one shape lie in one bank, masters and casts, and are cast by one launch.
+of its master. A bank of matrices is cast by one launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pgolf.kernels import int6
+from pgolf.model.banks import Bank, make_banks
 from pgolf.model.linear import Linear
 from pgolf.model.roles import ParamInfo
 from pgolf.quant.config import QuantConfig
 from pgolf.quant.fake_quant import names_on_grid
 
 
-class Bank:
-    """Linear layers of one shape (rows, cols): their weights become views of one (n, rows, cols) fp32 tensor."""
+def linears_of(model: nn.Module) -> dict[str, Linear]:
+    """Linear layers by the name of their weight."""
+    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
 
-    def __init__(self, linears: Sequence[Linear], dtype: torch.dtype, on_grid: bool):
-        self.linears, self.on_grid = list(linears), on_grid
-        self.master = torch.stack([lin.weight.data for lin in linears])
-        self.cast = torch.empty_like(self.master, dtype=dtype)
-        self.grad = torch.empty_like(self.master)
-        for lin, master, cast in zip(linears, self.master.unbind(), self.cast.unbind(), strict=True):
-            lin.weight.data = master
+
+def bank_weights(
+    model: nn.Module, infos: list[ParamInfo], cfg: QuantConfig, groups: Iterable[Sequence[ParamInfo]] = ()
+) -> list[Bank]:
+    """Banks of the weights of all linear layers; one is trained in one way and cast in one way.
+
+    groups: what is trained alike, each group's infos; a bank lies within one. Matrices of groups that are no layer's
+    weight are banked too.
+    """
+    grid, linears = names_on_grid(infos, cfg), linears_of(model)
+    group_of = {info.name: at for at, group in enumerate(groups) for info in group}
+    scales = lambda name: len(linears[name].row_scale) if name in linears else 0
+    members = [info for info in infos if info.name in linears or (info.name in group_of and info.param.ndim == 2)]
+    return make_banks(members, lambda i: (group_of.get(i.name), i.name in linears, i.name in grid, scales(i.name)))
+
+
+class BankCast:
+    """The casts of a bank of linear layers' weights."""
+
+    def __init__(self, bank: Bank, linears: Sequence[Linear], dtype: torch.dtype, on_grid: bool):
+        self.bank, self.linears, self.on_grid = bank, list(linears), on_grid
+        self.cast = torch.empty_like(bank.master, dtype=dtype)
+        for lin, cast in zip(linears, self.cast.unbind(), strict=True):
             lin.cast = cast.detach().requires_grad_()  # a leaf: backward leaves the gradient in it
 
     @property
@@ -42,27 +60,16 @@ class Bank:
         used = [i for i, lin in enumerate(self.linears) if lin.cast.grad is not None]
         if not used:
             return
-        grads = [self.linears[i].cast.grad for i in used]
-        scales = self.row_scale
+        grads, scales, master = [self.linears[i].cast.grad for i in used], self.row_scale, self.bank.master
         if scales is not None:
-            weights = self.master if not quantize else int6.int6_cast(
-                self.master, quantize=True, scale_floor=scale_floor, dtype=torch.float32
+            weights = master if not quantize else int6.int6_cast(
+                master, quantize=True, scale_floor=scale_floor, dtype=torch.float32
             )  # fmt: skip
             for i, grad in zip(used, grads, strict=True):
                 _add_grad(self.linears[i].row_scale[0], (weights[i] * grad.float()).sum(1))
             grads = [grad.float() * scales[i, :, None] for i, grad in zip(used, grads, strict=True)]
-        self._accumulate_([self.linears[i] for i in used], [self.grad[i] for i in used], grads)
-
-    def _accumulate_(self, linears: list[Linear], views: list[Tensor], grads: list[Tensor]) -> None:
-        fresh = [i for i, lin in enumerate(linears) if lin.weight.grad is None]
-        rest = [i for i, lin in enumerate(linears) if lin.weight.grad is not None]
-        if fresh:
-            torch._foreach_copy_([views[i] for i in fresh], [grads[i] for i in fresh])
-        if rest:
-            torch._foreach_add_([linears[i].weight.grad for i in rest], [grads[i] for i in rest])
-        for i in fresh:
-            linears[i].weight.grad = views[i]
-        for lin in linears:
+        self.bank.add_grads_(used, grads)
+        for lin in self.linears:
             lin.cast.grad = None
 
 
@@ -73,16 +80,24 @@ def _add_grad(param: nn.Parameter, grad: Tensor) -> None:
 class WeightCast:
     """All linear layers of `model`. `refresh_` before a forward, `collect_` after each backward.
 
-    quantize: casts go through the export's int6 grid, where the export does.
+    banks: from `bank_weights`; None makes them. quantize: casts go through the export's int6 grid, where the export
+    does.
     """
 
-    def __init__(self, model: nn.Module, infos: list[ParamInfo], cfg: QuantConfig, dtype: torch.dtype):
-        grid, groups = names_on_grid(infos, cfg), {}
-        for name, module in model.named_modules():
-            if isinstance(module, Linear):
-                key = (module.weight.shape, f"{name}.weight" in grid, len(module.row_scale))
-                groups.setdefault(key, []).append(module)
-        self.banks = [Bank(linears, dtype, on_grid) for (_, on_grid, _), linears in groups.items()]
+    def __init__(
+        self,
+        model: nn.Module,
+        infos: list[ParamInfo],
+        cfg: QuantConfig,
+        dtype: torch.dtype,
+        banks: list[Bank] | None = None,
+    ):
+        grid, linears = names_on_grid(infos, cfg), linears_of(model)
+        self.casts = [
+            BankCast(bank, [linears[i.name] for i in bank.infos], dtype, bank.infos[0].name in grid)
+            for bank in (bank_weights(model, infos, cfg) if banks is None else banks)
+            if bank.infos[0].name in linears
+        ]
         self.scale_floor = cfg.scale_floor
         self.quantize = False
         self.refresh_()
@@ -90,19 +105,19 @@ class WeightCast:
     @property
     def on_grid(self) -> int:
         """How many matrices `quantize` rounds."""
-        return sum(len(bank.linears) for bank in self.banks if bank.on_grid)
+        return sum(len(cast.bank) for cast in self.casts if cast.on_grid)
 
     @torch.no_grad()
     def refresh_(self) -> None:
         """Casts the masters as they are now."""
-        for bank in self.banks:
-            quantize = self.quantize and bank.on_grid
+        for c in self.casts:
+            quantize = self.quantize and c.on_grid
             int6.int6_cast_(
-                bank.cast, bank.master, quantize=quantize, row_scale=bank.row_scale, scale_floor=self.scale_floor
+                c.cast, c.bank.master, quantize=quantize, row_scale=c.row_scale, scale_floor=self.scale_floor
             )
 
     @torch.no_grad()
     def collect_(self) -> None:
         """Moves what backward left in the casts to the parameters' `.grad`, adding to what is there."""
-        for bank in self.banks:
-            bank.collect_(self.quantize and bank.on_grid, self.scale_floor)
+        for c in self.casts:
+            c.collect_(self.quantize and c.on_grid, self.scale_floor)

@@ -12,7 +12,7 @@ from pgolf.errors import ConfigError
 from pgolf.model.roles import Role, roles_of
 from pgolf.optim.config import AdamWConfig, ClipConfig, MuonConfig, OptimConfig
 from pgolf.optim.groups import build_groups
-from pgolf.optim.step import Optimizers
+from pgolf.optim.step import Optimizers, clip_, sum_of_squares
 
 
 class ToyBlock(nn.Module):
@@ -67,19 +67,21 @@ CFG = OptimConfig(
 
 def make(cfg: OptimConfig = CFG, table_dtype=torch.float32) -> tuple[Toy, Optimizers]:
     model = Toy(table_dtype)
-    return model, Optimizers(build_groups(roles_of(model), cfg, (4, 3), tied=False), cfg.muon)
+    return model, Optimizers(build_groups(roles_of(model), cfg, (4, 3), tied=False), cfg)
 
 
-def backward(model: Toy, step: int) -> None:
+def backward(model: Toy, step: int) -> torch.Tensor:
     ids = torch.randint(16, (32,), generator=torch.Generator().manual_seed(step))
-    nn.functional.cross_entropy(model(ids), (ids * 3 + 1) % 16).backward()
+    loss = nn.functional.cross_entropy(model(ids), (ids * 3 + 1) % 16)
+    loss.backward()
+    return loss.detach()
 
 
 def train(model: Toy, optimizers: Optimizers, steps: range) -> None:
     for k in steps:
-        backward(model, k)
+        loss = backward(model, k)
         optimizers.set(1.0 - 0.05 * k, momentum=0.85 + 0.01 * k)
-        optimizers.clip_(CFG.clip)
+        assert torch.equal(optimizers.reduce_(loss, k), loss)
         optimizers.step()
         optimizers.zero_grad()
 
@@ -103,20 +105,16 @@ def test_every_trained_parameter_moves_and_every_optimiser_is_called(table_dtype
 def test_counter_counts_steps_of_the_optimisers_and_not_calls_of_the_handle():
     model, optimizers = make()
     backward(model, 0)
-    optimizers.optimizers["adamw"].step()
+    optimizers.adamw.step()
     assert optimizers.counts == {"muon": 0, "adamw": 1}
 
 
 def test_set_scales_every_base_rate():
     _, optimizers = make()
     optimizers.set(0.25, momentum=0.9)
-    rates = {
-        group.name: torch_group["lr"]
-        for kind, optimizer in optimizers.optimizers.items()
-        for group, torch_group in zip(
-            [g for g in optimizers.groups if g.kind == kind], optimizer.param_groups, strict=True
-        )
-    }
+    adamw = [g for g in optimizers.groups if g.kind == "adamw"]
+    rates = {g.name: t["lr"] for g, t in zip(adamw, optimizers.adamw.param_groups, strict=True)}
+    rates |= {g.name: g.lr * optimizers.muon.lr_scale for g in optimizers.muon.groups}
     assert rates == pytest.approx(
         {
             "muon": 0.25 * 0.02,
@@ -129,7 +127,7 @@ def test_set_scales_every_base_rate():
             "adamw.resid_lambda": 0.25 * 0.2,
         }
     )
-    assert all(g["momentum"] == 0.9 for g in optimizers.optimizers["muon"].param_groups)
+    assert optimizers.muon.momentum == 0.9
 
 
 def test_adamw_first_step_is_the_textbook_one():
@@ -140,7 +138,7 @@ def test_adamw_first_step_is_the_textbook_one():
     w, g = block.scale.detach().double().numpy().copy(), block.scale.grad.double().numpy().copy()
     head, hg = model.head.detach().double().numpy().copy(), model.head.grad.double().numpy().copy()
     optimizers.set(0.5, momentum=0.9)
-    optimizers.step()
+    optimizers.adamw.step()
     lr = 0.5 * 0.04
     np.testing.assert_allclose(block.scale.detach(), w * (1 - lr * 0.04) - lr * g / (np.abs(g) + 1e-8), rtol=1e-5)
     np.testing.assert_allclose(model.head.detach(), head - 0.004 * hg / (np.abs(hg) + 1e-8), rtol=1e-5, atol=1e-7)
@@ -149,8 +147,8 @@ def test_adamw_first_step_is_the_textbook_one():
 def test_settings_reach_torch():
     cfg = replace(CFG, muon=replace(CFG.muon, ns_steps=3), adamw=AdamWConfig(beta1=0.8, beta2=0.7, eps=1e-5))
     _, optimizers = make(replace(cfg, adamw=replace(cfg.adamw, weight_decay=0.2)))
-    muon, adamw = (optimizers.optimizers[kind].param_groups for kind in ("muon", "adamw"))
-    assert all(g["weight_decay"] == 0.04 and g["ns_steps"] == 3 for g in muon)
+    muon, adamw = optimizers.muon, optimizers.adamw.param_groups
+    assert muon.cfg.ns_steps == 3 and all(d == pytest.approx(0.04) for d in muon.decays.values())
     assert all(g["betas"] == (0.8, 0.7) and g["eps"] == 1e-5 and g["fused"] for g in adamw)
     decays = dict(zip([g.name for g in optimizers.groups if g.kind == "adamw"], adamw, strict=True))
     undecayed = {name for name, g in decays.items() if g["weight_decay"] == 0.0}
@@ -159,31 +157,69 @@ def test_settings_reach_torch():
 
 @pytest.mark.parametrize("norm", [0.3, 1e6])
 def test_clip_equals_torch(norm):
-    model, optimizers = make()
-    backward(model, 0)
+    model, optimizers = make(replace(CFG, clip=ClipConfig(norm=norm)))
+    loss = backward(model, 0)
     twin = copy.deepcopy(optimizers.params)  # deepcopy keeps no gradients
     for p, q in zip(optimizers.params, twin, strict=True):
         q.grad = p.grad.clone()
     expected = nn.utils.clip_grad_norm_(twin, norm)
-    torch.testing.assert_close(optimizers.clip_(ClipConfig(norm=norm)), expected)
-    for p, q in zip(optimizers.params, twin, strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
+    optimizers.reduce_(loss)
+    torch.testing.assert_close(optimizers.grad_norm, expected)
+    clipped = {id(p): q.grad for p, q in zip(optimizers.params, twin, strict=True)}
+    for group in optimizers.groups:
+        if group.kind == "adamw":
+            for p in group.params:
+                torch.testing.assert_close(p.grad, clipped[id(p)])
+    for pool in optimizers.muon.pools:  # a matrix's clipped gradient is where Muon takes it from
+        for bank, got in zip(pool.banks, pool.views(pool.shard), strict=True):
+            torch.testing.assert_close(got, torch.stack([clipped[id(p)] for p in bank.params]))
 
 
-def test_clip_norm_is_exact_with_a_bf16_table_and_none_only_measures():
+def test_clip_norm_is_exact_with_a_bf16_table():
     model, optimizers = make(table_dtype=torch.bfloat16)
     backward(model, 0)
-    kept = [p.grad.clone() for p in optimizers.params]
-    truth = np.sqrt(sum((g.double().numpy() ** 2).sum() for g in kept))
-    total = optimizers.clip_(None)
-    assert total.dtype == torch.float32 and total.shape == ()
-    np.testing.assert_allclose(total, truth, rtol=1e-6)
-    assert all(torch.equal(p.grad, g) for p, g in zip(optimizers.params, kept, strict=True))
-    optimizers.clip_(ClipConfig(norm=0.3))
-    for p, g in zip(optimizers.params, kept, strict=True):
-        np.testing.assert_allclose(p.grad.float(), g.float() * (0.3 / truth), rtol=8e-3, atol=1e-7)
+    grads = [p.grad.clone() for p in optimizers.params]
+    truth = np.sqrt(sum((g.double().numpy() ** 2).sum() for g in grads))
+    squares = sum_of_squares(grads)
+    assert squares.dtype == torch.float32 and squares.shape == ()
+    np.testing.assert_allclose(squares.sqrt(), truth, rtol=1e-6)
+    before = [g.float().clone() for g in grads]
+    clip_(grads, squares, ClipConfig(norm=0.3))
+    for g, was in zip(grads, before, strict=True):
+        np.testing.assert_allclose(g.float(), was * (0.3 / truth), rtol=8e-3, atol=1e-7)
+    assert sum_of_squares([]) == 0
+
+
+def test_clip_by_rank_scales_gradients_before_they_are_averaged():
+    """Alone the two scopes are one; tests/test_distributed.py tells them apart."""
+    runs = []
+    for scope in ("global", "rank"):
+        model, optimizers = make(replace(CFG, clip=ClipConfig(norm=0.3, scope=scope)))
+        train(model, optimizers, range(3))
+        runs.append(weights(model))
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient", "table"])
+def test_from_a_bad_step_on_nothing_moves(poison):
+    model, optimizers = make()
+    train(model, optimizers, range(2))
+    before = weights(model)
+    loss = backward(model, 2)
+    if poison == "loss":
+        loss = loss / 0.0
+    else:
+        (model.blocks[2].w if poison == "gradient" else model.table).grad[1, 2] = float("nan")
+    optimizers.reduce_(loss, 2)
+    optimizers.step()
     optimizers.zero_grad()
-    assert optimizers.clip_(None) == 0
+    optimizers.reduce_(backward(model, 3), 3)  # finite again
+    optimizers.step()
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+    optimizers.health.post()
+    assert optimizers.health.read() == 2
+    assert all(torch.isfinite(t).all() for t in optimizers.tensors().values())
 
 
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16])
@@ -192,22 +228,22 @@ def test_five_and_five_steps_equal_ten(table_dtype):
     train(straight, optimizers, range(10))
     first, first_optimizers = make(table_dtype=table_dtype)
     train(first, first_optimizers, range(5))
-    saved = copy.deepcopy((first.state_dict(), first_optimizers.state_dict()))
+    saved = copy.deepcopy((first.state_dict(), first_optimizers.tensors()))
     train(first, first_optimizers, range(5, 8))  # must not reach into what was saved
     second, second_optimizers = make(table_dtype=table_dtype)
     second.load_state_dict(saved[0])
-    second_optimizers.load_state_dict(saved[1])
+    second_optimizers.load_tensors_(saved[1])
     train(second, second_optimizers, range(5, 10))
     assert all(torch.equal(a, b) for a, b in zip(weights(straight), weights(second), strict=True))
-    assert second_optimizers.counts == {"muon": 10, "adamw": 10}
+    assert second_optimizers.counts == {"muon": 5, "adamw": 5}  # of this process
 
 
-def test_loading_the_state_from_before_the_first_step_undoes_a_warmup():
+def test_reset_undoes_a_warmup():
     model, optimizers = make()
-    saved = copy.deepcopy((model.state_dict(), optimizers.state_dict()))
+    before = copy.deepcopy(model.state_dict())
     train(model, optimizers, range(3))
-    model.load_state_dict(saved[0])
-    optimizers.load_state_dict(saved[1])
+    model.load_state_dict(before)
+    optimizers.reset_()
     train(model, optimizers, range(4))
     fresh, fresh_optimizers = make()
     train(fresh, fresh_optimizers, range(4))
@@ -216,14 +252,15 @@ def test_loading_the_state_from_before_the_first_step_undoes_a_warmup():
 
 
 def test_loading_keeps_this_runs_rates_and_refuses_other_groups():
-    _, optimizers = make()
+    model, optimizers = make()
+    train(model, optimizers, range(1))
     _, other = make(replace(CFG, muon=replace(CFG.muon, lr=0.5)))
-    other.load_state_dict(copy.deepcopy(optimizers.state_dict()))
+    other.load_tensors_(optimizers.tensors())
     other.set(1.0, momentum=0.9)
-    assert other.optimizers["muon"].param_groups[0]["lr"] == 0.5
+    assert other.muon.groups[0].lr == 0.5
     _, moved = make(replace(CFG, side_matrix="adamw"))
-    with pytest.raises(ConfigError, match=r"adamw\.scalar, muon hold other parameters"):
-        moved.load_state_dict(optimizers.state_dict())
+    with pytest.raises(ConfigError, match=r"side\.momentum in one of"):
+        moved.load_tensors_(optimizers.tensors())
 
 
 def test_a_kind_without_parameters_has_no_optimiser():
@@ -235,8 +272,9 @@ def test_a_kind_without_parameters_has_no_optimiser():
             self.w = nn.Parameter(torch.eye(2))
 
     model = OneMatrix()
-    optimizers = Optimizers(build_groups(roles_of(model), CFG, (1, 0), tied=True), CFG.muon)
+    optimizers = Optimizers(build_groups(roles_of(model), CFG, (1, 0), tied=True), CFG)
     model.w.grad = torch.ones(2, 2)
     optimizers.set(1.0, momentum=0.9)
+    optimizers.reduce_(torch.zeros(()))
     optimizers.step()
     assert optimizers.counts == {"muon": 1}
