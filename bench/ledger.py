@@ -91,7 +91,7 @@ def ledger(cfg: RunConfig, gpu: Gpu, path: str = "triton", world_size: int = 8) 
             sums[i] += value
     rows = [_row(gpu, *key, *sums) for key, sums in groups.items()]
     tokens = share_rows(cfg, world_size) * cfg.data.seq_len
-    rows += [*_adamw_and_averages(cfg, gpu), *_communication(cfg, gpu, world_size), _data(gpu, tokens)]
+    rows += [*_adamw_and_averages(cfg, gpu, world_size), *_communication(cfg, gpu, world_size), _data(gpu, tokens)]
     rows.sort(key=lambda r: (PHASES.index(r.phase), -r.ms))
     return Ledger(cfg.preset, gpu, tokens, rows)
 
@@ -111,40 +111,31 @@ def _moved(gpu: Gpu, phase: str, op: str, kernel: str, calls: int, size: float, 
     return Row(phase, op, kernel, calls, 0, int(size), "latency" if slow else bound, ms, 1e3 * seconds)
 
 
-def _parameters(cfg: RunConfig) -> tuple[int, int, int]:
-    """(numbers that Muon trains, that AdamW trains, bytes of all gradients)."""
-    import torch
-
-    from pgolf.model.gpt import GPT
-    from pgolf.model.roles import roles_of
-    from pgolf.optim.groups import build_groups
-
-    with torch.device("meta"):
-        model = GPT(cfg.model, train_length=cfg.data.seq_len, compute_dtype=torch.bfloat16)
-    layers = (cfg.model.plan.num_layers, cfg.model.plan.n_encoder)
-    groups = build_groups(roles_of(model), cfg.optim, layers, cfg.model.embed.tied)
-    count = lambda kind: sum(p.numel() for g in groups if g.kind == kind for p in g.params)
-    grads = sum(p.numel() * p.element_size() for g in groups for p in g.params)
-    return count("muon"), count("adamw"), grads
-
-
-def _adamw_and_averages(cfg: RunConfig, gpu: Gpu) -> list[Row]:
+def _adamw_and_averages(cfg: RunConfig, gpu: Gpu, world_size: int) -> list[Row]:
     """AdamW reads weight, gradient and two moments and writes all but the gradient, fp32 at most; EMA reads weight and
-    average and writes the average."""
-    muon, adamw, _ = _parameters(cfg)
+    average and writes the average; clipping reads twice and writes once this rank's share of the gradients."""
+    from pgolf.dry_run import exchanged, groups_on_paper
+
+    matrices, adamw = exchanged(groups_on_paper(cfg))
+    muon = sum(n * rows * cols for (rows, cols), n in matrices.items())
     rows = [_row(gpu, "optimizer", "torch", "fused_adamw", 1, 0, 7 * 4 * adamw)]
     if cfg.average.ema:
         rows.append(_row(gpu, "optimizer", "torch", "ema", 1, 0, 3 * 4 * (muon + adamw)))
     if cfg.optim.clip:
-        rows.append(_row(gpu, "optimizer", "torch", "clip", 2, 0, 3 * 4 * (muon + adamw)))
+        rows.append(_row(gpu, "optimizer", "torch", "clip", 2, 0, 3 * 4 * (muon // world_size + adamw)))
     return rows
 
 
 def _communication(cfg: RunConfig, gpu: Gpu, world_size: int) -> list[Row]:
-    """Gradients of all ranks, averaged by a ring: 2 (W - 1) / W of their bytes leave each GPU."""
-    _, _, grads = _parameters(cfg)
-    size = 2 * (world_size - 1) / world_size * grads
-    return [_moved(gpu, "communication", "torch", "all_reduce", 1 if world_size > 1 else 0, size, gpu.link, "link")]
+    """What the optimiser sends (pgolf/optim/exchange.py), by rings."""
+    from pgolf.dry_run import exchanged, groups_on_paper
+    from pgolf.optim.exchange import traffic_of
+
+    sums: dict[str, list[int]] = {}
+    for sent in traffic_of(*exchanged(groups_on_paper(cfg)), cfg.optim.muon, world_size):
+        calls, size = sums.setdefault(sent.collective, [0, 0])
+        sums[sent.collective] = [calls + 1, size + sent.wire]
+    return [_moved(gpu, "communication", "torch", c, n, size, gpu.link, "link") for c, (n, size) in sums.items()]
 
 
 def _data(gpu: Gpu, tokens: int) -> Row:

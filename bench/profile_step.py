@@ -4,7 +4,7 @@
                                  [--trace FILE] [--json FILE] [--nsight]
 
 Runs the trainer's own step at one GPU's share (bench/step.py). First the phases, by the device's clock and without a
-profiler: weight cast, forward, backward, reduction over ranks, clipping and optimiser, averages. Then, with
+profiler: weight cast, forward, backward, reduction over ranks with clipping, optimiser, averages. Then, with
 torch.profiler, the kernels (on a CPU the operators) that take longest. `--nsight` leaves the second part to nsys or
 ncu: NVTX ranges for phases and for each op of kernels/, between cudaProfilerStart and cudaProfilerStop;
 docs/profiling.md has the command lines. Without a GPU the default is the smoke preset, eager.
@@ -63,9 +63,8 @@ def marking(trainer: Any, phases: Phases) -> Iterator[None]:
         (trainer.cast, "refresh_", "cast", None),
         (trainer, "compute_loss", "forward", "backward"),
         (trainer.cast, "collect_", "cast", None),
-        (trainer.dist, "mean_grads_", "reduce", None),
-        (trainer.optim, "clip_", "optimizer", None),
-        (trainer.optim, "set", "optimizer", None),
+        (trainer.optim, "reduce_", "reduce", None),
+        (trainer.optim, "step", "optimizer", None),
         (trainer.averager, "update", "averaging", None),
     ]
     with ExitStack() as undo:

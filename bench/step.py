@@ -99,8 +99,8 @@ class NoUpdates:
     def set(self, lr_scale: float, momentum: float) -> None:
         pass
 
-    def clip_(self, clip: Any) -> None:
-        pass
+    def reduce_(self, loss: Tensor, step: int) -> Tensor:
+        return loss
 
     def step(self) -> None:
         pass
@@ -184,13 +184,13 @@ class Stepper:
         for at in range(CHECKED):
             loss, grads = self.gradients(at)
             self.truth.check(at, loss, grads)
-        before, state = copy.deepcopy(t.model.state_dict()), copy.deepcopy(t.optim.state_dict())
-        t.optim.load_state_dict(state | {"state": {kind: {} for kind in state["state"]}})
+        before, state = copy.deepcopy(t.model.state_dict()), copy.deepcopy(t.optim.tensors())
+        t.optim.reset_()
         self.count, t.loader.at = 0, at
         self.call(lr_scale=1.0)
         way = {i.name: i.param.detach().double() - before[i.name].double() for i in t.infos}
         t.model.load_state_dict(before)
-        t.optim.load_state_dict(state)
+        t.optim.load_tensors_(state)
         muon, clip = t.cfg.optim.muon, t.cfg.optim.clip
         check_update(
             before, way, grads, t.optim.groups, muon.ns_steps, momentum_at(0, muon), clip.norm if clip else None

@@ -20,13 +20,14 @@ from torch.utils.flop_counter import flop_registry
 
 from pgolf.config import RunConfig
 from pgolf.data.batch import Batch
+from pgolf.dist import Dist, Pending, Rank
 from pgolf.kernels._op import Recorded, paths, recording
 from pgolf.model.gpt import GPT
 from pgolf.model.objective import Objective
 from pgolf.model.roles import roles_of
-from pgolf.optim.groups import build_groups
+from pgolf.optim.groups import Group, build_groups
 from pgolf.optim.muon import Muon
-from pgolf.quant.weight_cast import WeightCast
+from pgolf.quant.weight_cast import WeightCast, bank_weights
 
 SDPA = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward")
 # ops that move nothing: new storage, and what is not marked as a view but is one here
@@ -170,8 +171,10 @@ def trace_step(cfg: RunConfig, arch: int, path: str = "triton", world_size: int 
     chosen = {} if path == "triton" else dict.fromkeys(cfg.kernels.ops(), "reference")
     with paths(**chosen), fused_sdpa(), recording(arch, watch=trace.watch) as rec:
         trace.recording, trace.phase = rec, "setup"
-        cast = WeightCast(model, infos, cfg.quant, dtype) if path == "triton" else None
-        muon = _muon(cfg, infos)
+        groups = _muon_groups(cfg, infos)
+        banks = bank_weights(model, infos, cfg.quant, [g.infos for g in groups])
+        cast = WeightCast(model, infos, cfg.quant, dtype, banks) if path == "triton" else None
+        muon = Muon(groups, cfg.optim.muon, OnPaper(world_size), banks)
         with trace:
             trace.phase = "optimizer"
             if cast:
@@ -183,10 +186,7 @@ def trace_step(cfg: RunConfig, arch: int, path: str = "triton", world_size: int 
             trace.phase = "optimizer"
             if cast:
                 cast.collect_()
-            trace.phase = "setup"
-            muon.step()  # the first one makes the momenta
-            trace.phase = "optimizer"
-            muon.step()
+            muon.update_()
     return [e for e in trace.events if e.phase != "setup"]
 
 
@@ -207,10 +207,23 @@ def fused_sdpa() -> Iterator[None]:
         F.scaled_dot_product_attention = before
 
 
-def _muon(cfg: RunConfig, infos: list) -> Muon:
-    """Muon over its groups; AdamW has no meta kernel and is counted by the ledger."""
+class OnPaper(Dist):
+    """Rank 0 of many that are not there: its share of the work is done, and nothing is sent."""
+
+    def __init__(self, world_size: int):
+        super().__init__(Rank(0, world_size, device=torch.device("meta")))
+
+    def start_mean_(self, grads: list) -> Pending:
+        return Pending()
+
+    def reduce_scatter(self, shard: Tensor, full: Tensor) -> Pending:
+        return Pending()
+
+    def all_gather(self, full: Tensor, shard: Tensor) -> Pending:
+        return Pending()
+
+
+def _muon_groups(cfg: RunConfig, infos: list) -> list[Group]:
+    """Muon's groups; AdamW has no meta kernel and is counted by the ledger."""
     layers = (cfg.model.plan.num_layers, cfg.model.plan.n_encoder)
-    groups = [g for g in build_groups(infos, cfg.optim, layers, cfg.model.embed.tied) if g.kind == "muon"]
-    torch_groups = [{"params": g.params, "lr": g.lr, "weight_decay": g.weight_decay} for g in groups]
-    m = cfg.optim.muon
-    return Muon(torch_groups, lr=m.lr, momentum=m.momentum, ns_steps=m.ns_steps)
+    return [g for g in build_groups(infos, cfg.optim, layers, cfg.model.embed.tied) if g.kind == "muon"]

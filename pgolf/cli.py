@@ -19,6 +19,7 @@ from pgolf.presets import PRESETS, one_liner
 FLAGS = {
     "--help": "this text",
     "--describe": "print the configuration, the layer plan and the parameter count as one JSON object; train nothing",
+    "--dry-run": "print parameters, memory and what a step sends between 1, 8, 64 and 1,024 ranks; train nothing",
     "--debug": "show tracebacks",
     "--version": "print the version",
 }
@@ -78,6 +79,11 @@ def _main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     settings = config.load([a for a in argv if a not in flags], environ)
     if "--describe" in flags:
         print(json.dumps(config.describe(settings, model_facts), indent=2))
+        return 0
+    if "--dry-run" in flags:
+        from pgolf import dry_run
+
+        print("\n".join(dry_run.lines(settings.config)))
         return 0
     from pgolf.train import run  # imports torch
 

@@ -127,7 +127,12 @@ def rat_rod_green() -> RunConfig:
             mlp=MlpConfig(mult=3.0, activation="leaky_relu2", leaky_slope=0.5),
             init=InitConfig(kind="orthogonal"),
         ),
-        optim=replace(base.optim, side_matrix="adamw", clip=ClipConfig(norm=0.3, scope="rank")),
+        optim=replace(
+            base.optim,
+            muon=replace(base.optim.muon, exchange_dtype="bf16"),
+            side_matrix="adamw",
+            clip=ClipConfig(norm=0.3, scope="rank"),
+        ),
         # swa is off: the source sums snapshots every 50 steps and never loads them
         average=AverageConfig(ema=EmaConfig(decay=0.997)),
         # the source scores float weights and writes no artifact; PR #401's int6 + zstd here
@@ -158,7 +163,7 @@ def kitchen_sink_v2() -> RunConfig:
         loss=LossConfig(mile=MileConfig(gamma=0.75, clamp_min=0.2, peak_frac=0.4)),
         optim=replace(
             base.optim,
-            muon=replace(base.optim.muon, lr=0.036, lr_late=0.044, momentum=0.985),
+            muon=replace(base.optim.muon, exchange_dtype="bf16", lr=0.036, lr_late=0.044, momentum=0.985),
             adamw=replace(base.optim.adamw, tied_embed_lr=0.022, scalar_lr=0.028, scalar_lr_late=0.018),
         ),
         schedule=ScheduleConfig(warmdown_iters=4000),

@@ -59,6 +59,7 @@ class KernelsConfig:
     attention: str = "auto"  # also a library's kernel: fa3, cudnn
     bigram: str = "auto"  # front of the network: embeddings, hashed n-grams, norm, smear
     cross_entropy: str = "auto"  # softcapped loss
+    flat_update: str = "auto"  # Muon's update of the weights
     int6: str = "auto"  # fake quantisation and the weight cast
     mlp: str = "auto"  # up projection with its activation, and its derivative
     newton_schulz: str = "auto"  # Muon's orthogonalisation

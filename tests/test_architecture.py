@@ -16,7 +16,7 @@ LAYERS = [
     {"schema", "not_yet"},
     {"aliases", "presets"},
     {"config"},
-    {"phases", "finish"},
+    {"phases", "finish", "dry_run", "diagnose"},
     {"train"},
     {"cli", "lab"},
 ]

@@ -243,7 +243,7 @@ def test_over_the_byte_budget_is_exit_5_but_keeps_the_result(shards, tmp_path, m
 
 
 def test_non_finite_loss_stops_the_run_without_an_artifact(shards, tmp_path):
-    with pytest.raises(NumericalError, match="training loss"):
+    with pytest.raises(NumericalError, match="training loss or gradient is not finite; first seen in rank 0"):
         run(settings(shards, tmp_path, "optim.muon.lr=1e30", "optim.adamw.tied_embed_lr=1e30"))
     assert not (only_run(tmp_path) / "model.pgolf").exists()
     assert events(only_run(tmp_path), "error")

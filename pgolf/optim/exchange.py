@@ -17,14 +17,19 @@ from torch import Tensor
 
 from pgolf.dist import Dist, Pending
 from pgolf.model.banks import Bank
+from pgolf.optim.config import MuonConfig
 
 MOST_PADDED = 1.5  # slots a matrix, above which a pool is not split
 
 
-def slots_for(matrices: int, world_size: int, split: bool = True) -> int:
-    """Slots of a pool of `matrices`: a multiple of world_size where it is split, else their number."""
-    padded = -(-matrices // world_size) * world_size
-    return padded if split and world_size > 1 and padded <= MOST_PADDED * matrices else matrices
+def padded(matrices: int, world_size: int) -> int:
+    """The next multiple of world_size."""
+    return -(-matrices // world_size) * world_size
+
+
+def is_split(matrices: int, world_size: int, split: bool = True) -> bool:
+    """Whether a pool of `matrices` is shared out over the ranks."""
+    return split and world_size > 1 and padded(matrices, world_size) <= MOST_PADDED * matrices
 
 
 class Pool:
@@ -38,8 +43,8 @@ class Pool:
     def __init__(self, banks: Sequence[Bank], dist: Dist, dtype: torch.dtype, split: bool = True):
         self.banks, self.dist = list(banks), dist
         self.matrices = sum(map(len, banks))
-        slots = slots_for(self.matrices, dist.world_size, split)
-        self.is_split = split and dist.world_size > 1 and slots % dist.world_size == 0
+        self.is_split = is_split(self.matrices, dist.world_size, split)
+        slots = padded(self.matrices, dist.world_size) if self.is_split else self.matrices
         like, shape = banks[0].master, wide(banks[0])
         self.buffer = like.new_zeros(slots, *shape, dtype=dtype)
         share = slots // dist.world_size if self.is_split else slots
@@ -111,23 +116,20 @@ class Sent:
     wire: int
 
 
-def traffic(
-    matrices: dict[tuple[int, int], int], others: int, world_size: int, itemsize: int, split: bool = True
-) -> list[Sent]:
-    """What a step sends. matrices: how many of each (shorter, longer side); others: numbers of what AdamW trains;
-    itemsize: bytes of a number on its way in pools."""
+def traffic_of(matrices: dict[tuple[int, int], int], others: int, cfg: MuonConfig, world_size: int) -> list[Sent]:
+    """What a step sends, in order. matrices: how many of each (shorter, longer side); others: numbers that AdamW
+    trains."""
     if world_size == 1:
         return []
-    ring, rows, full = (world_size - 1) / world_size, [], others
+    ring, itemsize, full, rows = (world_size - 1) / world_size, {"fp32": 4, "bf16": 2}[cfg.exchange_dtype], others, []
     for (short, long), n in sorted(matrices.items(), key=lambda kv: -kv[0][0] * kv[0][1] * kv[1]):
-        slots = slots_for(n, world_size, split)
-        if not split or slots % world_size:
+        if not is_split(n, world_size, cfg.parallel == "shard"):
             full += n * short * long
             continue
+        slots = padded(n, world_size)
         size = slots * short * long * itemsize
-        what = f"{n} matrices {short}x{long} in {slots} slots"
+        what = f"{n} matrices {short}x{long} in {slots} slots, {cfg.exchange_dtype}"
         rows += [Sent(c, what, size, round(ring * size)) for c in ("reduce_scatter", "all_gather")]
-    size = 4 * full
-    rows.append(Sent("all_reduce", f"gradients held in full, {full:,} numbers, fp32", size, round(2 * ring * size)))
-    rows.append(Sent("all_reduce", "sum of squares, loss", 8, round(2 * ring * 8)))
+    for what, size in ((f"gradients held in full: {full:,} numbers, fp32", 4 * full), ("norm and loss", 8)):
+        rows.append(Sent("all_reduce", what, size, round(2 * ring * size)))
     return rows

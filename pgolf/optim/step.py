@@ -143,16 +143,21 @@ class Optimizers:
         Raises ConfigError when the state is that of other parameters.
         """
         slots = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq", "step")}
-        expected = {f"{info.name}.{slot}" for g in self.groups for info in g.infos for slot in slots[g.kind]}
-        # an optimiser that has not stepped has no state
-        if unknown := sorted(tensors.keys() - expected) or (sorted(expected - tensors.keys()) if tensors else []):
+        expected = {
+            kind: {f"{info.name}.{s}" for g in self._of_kind(kind) for info in g.infos for s in slots[kind]}
+            for kind in slots
+        }
+        here = {kind: names & tensors.keys() for kind, names in expected.items()}
+        missing = {n for kind in slots if here[kind] for n in expected[kind] - here[kind]}  # none: it had not stepped
+        if unknown := sorted(missing | (tensors.keys() - expected["muon"] - expected["adamw"])):
             raise ConfigError(
                 f"optimiser state does not fit: {', '.join(unknown[:4])}{', ...' if len(unknown) > 4 else ''} in one of"
                 " the saved run and this one only; resume with the model and optim settings of the saved run"
             )
-        if self.muon and tensors:
+        self.reset_()
+        if here["muon"]:
             self.muon.load_tensors_(tensors)
-        if self.adamw and tensors:
+        if here["adamw"]:
             params = [p for group in self.adamw.param_groups for p in group["params"]]
             for name, p in zip(self._adamw_names(), params, strict=True):
                 like = {"exp_avg": p, "exp_avg_sq": p, "step": torch.zeros((), device=p.device)}

@@ -137,7 +137,7 @@ def test_right_step_passes(stepper):
 
 
 def test_optimizer_that_is_skipped_is_refused(stepper, monkeypatch):
-    monkeypatch.setattr(stepper.trainer.optim.optimizers["adamw"], "step", lambda: None)
+    monkeypatch.setattr(stepper.trainer.optim.adamw, "step", lambda: None)
     with pytest.raises(AssertionError, match="its step has 0 of the right length"):
         stepper.check()
 

@@ -57,8 +57,8 @@ class Steps:
         make = lambda **methods: Part(self.clock, self.log, **methods)
         self.trainer = make(compute_loss=20.0)
         self.trainer.cast = make(refresh_=2.0, collect_=3.0) if cast else None
-        self.trainer.dist = make(mean_grads_=5.0, synchronize=0.0)
-        self.trainer.optim = make(clip_=6.0, set=0.0, step=7.0)
+        self.trainer.dist = make(synchronize=0.0)
+        self.trainer.optim = make(set=0.0, reduce_=5.0, step=7.0)
         self.trainer.averager = make(update=8.0)
 
     def call(self):
@@ -69,9 +69,8 @@ class Steps:
         self.clock.now += 40.0  # loss.backward()
         if t.cast:
             t.cast.collect_()
-        t.optim.clip_(None)
-        t.dist.mean_grads_([])
         t.optim.set(1.0, 0.9)
+        t.optim.reduce_(None, 0)
         t.optim.step()
         t.averager.update(1, 1.0)
 
@@ -80,7 +79,7 @@ def test_phases_end_where_the_next_begins():
     steps = Steps()
     before = vars(steps.trainer).copy()
     found = P.phase_times(steps, 3, steps.clock)
-    want = {"cast": 5, "forward": 20, "backward": 40, "reduce": 5, "optimizer": 13, "averaging": 8, "rest": 1}
+    want = {"cast": 5, "forward": 20, "backward": 40, "reduce": 5, "optimizer": 7, "averaging": 8, "rest": 1}
     assert found == {name: pytest.approx(ms) for name, ms in want.items()} and list(found) == [*P.PHASES, P.REST]
     assert vars(steps.trainer) == before  # nothing stays wrapped
 
@@ -88,7 +87,7 @@ def test_phases_end_where_the_next_begins():
 def test_without_a_cast_there_is_no_such_phase():
     steps = Steps(cast=False)
     found = P.phase_times(steps, 1, steps.clock)
-    assert found["cast"] == 0 and found["backward"] == 40 and sum(found.values()) == 87
+    assert found["cast"] == 0 and found["backward"] == 40 and sum(found.values()) == 81
 
 
 def test_phases_of_the_real_step_are_the_same():
@@ -98,14 +97,13 @@ def test_phases_of_the_real_step_are_the_same():
     from bench.step import Stepper, share
 
     cfg = share(PRESETS["smoke"](), "eager")
-    clip = replace(PRESETS["rat_rod_green"]().optim.clip, scope="rank")
-    cfg = replace(cfg, kernels=replace(cfg.kernels, weight_cast="on"), optim=replace(cfg.optim, clip=clip))
+    cfg = replace(cfg, kernels=replace(cfg.kernels, weight_cast="on"))
     stepper, seen = Stepper(cfg, torch.device("cpu")), []
     phases = P.Phases(lambda name: seen.append(name), lambda opened: None)
     with P.marking(stepper.trainer, phases):
         stepper.call()
         phases.end()
-    assert seen == ["cast", "forward", "backward", "cast", "optimizer", "reduce", "optimizer", "averaging"]
+    assert seen == ["cast", "forward", "backward", "cast", "reduce", "optimizer", "averaging"]
 
 
 def test_ranges_for_nsight(monkeypatch):

@@ -147,8 +147,8 @@ def test_optimizer_that_forgets_decay_is_refused(monkeypatch):
     whole = bench_optim.Optimizers.step
 
     def step(self):
-        for group in (g for optimizer in self.optimizers.values() for g in optimizer.param_groups):
-            group["weight_decay"] = 0.0
+        for decay in self.muon.decays.values():
+            decay.zero_()
         whole(self)
 
     monkeypatch.setattr(bench_optim.Optimizers, "step", step)
@@ -174,7 +174,7 @@ def test_windows_with_less_context_are_refused(monkeypatch):
 
 def test_step_that_skips_an_optimizer_is_refused(monkeypatch):
     with bench_cpu_step.running() as trainer:
-        monkeypatch.setattr(trainer.optim.optimizers["adamw"], "step", lambda: None)
+        monkeypatch.setattr(trainer.optim.adamw, "step", lambda: None)
         refuses(bench_cpu_step.test_whole_step, trainer)
 
 
