@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import VOCAB
 
 from pgolf import config, finish, tree
 from pgolf.artifact.model_io import load_model, save_model
 from pgolf.artifact.pack import unpack
 from pgolf.config import RunConfig
 from pgolf.data.batch import Batch
-from pgolf.data.shards import open_shard, write_shard
+from pgolf.data.shards import open_shard
 from pgolf.data.tokenizer import ByteTable, brute_force_bytes, load_tokenizer
 from pgolf.dist import Dist, TimeLedger
 from pgolf.errors import BudgetError, ConfigError, NumericalError
@@ -34,29 +35,6 @@ from pgolf.quant import fake_quant
 from pgolf.train import Trainer, run
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCAB = 400
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """A small data set that is the same on every machine: the licence's text, tokenised, cut into two shards."""
-    import sentencepiece as spm
-
-    folder = tmp_path_factory.mktemp("licence_sp400")
-    text = (ROOT / "LICENSE").read_text()
-    paragraphs = [" ".join(p.split()) for p in text.split("\n\n") if p.strip()]
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(paragraphs), model_prefix=str(folder / "tokenizer"), model_type="bpe",
-        vocab_size=VOCAB, byte_fallback=True, split_digits=True, add_dummy_prefix=False, pad_id=0, bos_id=1,
-        eos_id=2, unk_id=3, character_coverage=0.999, minloglevel=2, num_threads=1, hard_vocab_limit=False,
-    )  # fmt: skip
-    sp = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    tokens = np.concatenate([[1, *sp.encode(p)] for p in paragraphs]).astype(np.uint16)
-    cut = len(tokens) // 4
-    write_shard(folder / "fineweb_val_000000.bin", tokens[:cut])
-    write_shard(folder / "fineweb_train_000000.bin", tokens[cut : 2 * cut])
-    write_shard(folder / "fineweb_train_000001.bin", tokens[2 * cut :])
-    return folder
 
 
 def settings(shards, out, *overrides, preset="smoke"):
@@ -94,7 +72,7 @@ def test_run_directory_is_complete(smoke):
     result, path = smoke
     names = {p.name for p in path.iterdir()}
     assert {"config.json", "events.jsonl", "train.log", "model.pgolf", "train_gpt_bundle.py", "curves.png",
-            "result.json"} == names  # fmt: skip
+            "result.json", "checkpoints"} == names  # fmt: skip
     saved = json.loads((path / "result.json").read_text())
     assert saved == json.loads(json.dumps(result))
     assert (path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -289,6 +267,7 @@ def test_preset_builds_steps_and_round_trips(name):
             assert plain.item() == pytest.approx(math.log(small.embed.vocab_size), abs=0.02)
         loss.backward()
         optim.set(1.0, 0.9)
+        optim.reduce_(plain.detach())
         optim.step()
         optim.zero_grad()
     still = [i.name for i in infos if i.param.requires_grad and torch.equal(i.param, start[i.name])]
