@@ -28,6 +28,7 @@ setup(
         "sentencepiece>=0.2",
         "brotli>=1.1",
         "zstandard>=0.22",
+        "safetensors>=0.4",
         "rich>=13",
         "matplotlib>=3.8",
     ],

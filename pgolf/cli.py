@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pgolf
@@ -21,6 +21,7 @@ FLAGS = {
     "--describe": "print the configuration, the layer plan and the parameter count as one JSON object; train nothing",
     "--dry-run": "print parameters, memory and what a step sends between 1, 8, 64 and 1,024 ranks; train nothing",
     "--debug": "show tracebacks",
+    "--allow-change": "KEY: resume although this setting or section was another when the run was saved; repeatable",
     "--version": "print the version",
 }
 INTERRUPTED = 130
@@ -32,7 +33,7 @@ MOST_USED = (
     "TIE_EMBEDDINGS", "ROPE_DIMS", "LN_SCALE", "XSA_LAST_N", "BIGRAM_VOCAB_SIZE", "BIGRAM_DIM", "SMEAR", "VE_ENABLED",
     "VE_LAYERS", "MATRIX_LR", "SCALAR_LR", "TIED_EMBED_LR", "MUON_WD", "ADAM_WD", "GRAD_CLIP_NORM", "WARMDOWN_ITERS",
     "EMA_ENABLED", "EMA_DECAY", "SWA_ENABLED", "LATE_QAT_THRESHOLD", "COMPRESSOR", "EVAL_STRIDE", "KERNELS", "DEVICE",
-    "COMPILE_ENABLED", "OUT_DIR", "RUN_ID",
+    "COMPILE_ENABLED", "OUT_DIR", "RUN_ID", "RESUME", "CHECKPOINT_SECONDS",
 )  # fmt: skip
 
 
@@ -51,8 +52,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     except PgolfError as err:
         if "--debug" in argv:
             traceback.print_exc()
-        # every rank finds the same fault in the settings: one of them says so
-        if not isinstance(err, ConfigError) or environ.get("RANK", "0") in ("", "0"):
+        if not err.on_all_ranks or environ.get("RANK", "0") in ("", "0"):
             print(f"error: {err}", file=sys.stderr)
         return err.exit_code
     except BrokenPipeError:  # `--help | head`: the reader has what it wanted; what is still buffered has nowhere to go
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
 
 
 def _main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    argv, allow_change = take_values(argv, "--allow-change")
     flags = [a for a in argv if a.startswith("-") and a != "-h"]
     if "-h" in argv or "--help" in flags:
         print(help_text())
@@ -77,6 +78,7 @@ def _main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if flag not in FLAGS:
             raise ConfigError(_unknown_flag(flag))
     settings = config.load([a for a in argv if a not in flags], environ)
+    settings = replace(settings, allow_change=known_settings(allow_change))
     if "--describe" in flags:
         print(json.dumps(config.describe(settings, model_facts), indent=2))
         return 0
@@ -89,6 +91,28 @@ def _main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
     run(settings)
     return 0
+
+
+def take_values(argv: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
+    """(the other arguments, the values of `--flag VALUE` and `--flag=VALUE`)."""
+    rest, values, words = [], [], iter(argv)
+    for word in words:
+        if word == flag:
+            values.append(next(words, ""))
+        elif word.startswith(f"{flag}="):
+            values.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return rest, values
+
+
+def known_settings(keys: Sequence[str]) -> tuple[str, ...]:
+    """`keys`, all of which are settings or sections. Raises ConfigError on one that is not."""
+    for key in keys:
+        if key not in NODES:
+            meant = tree.did_you_mean(key, NODES)
+            raise ConfigError(f"--allow-change {key or '(nothing)'}: expected a setting or a section{meant}")
+    return tuple(keys)
 
 
 def _unknown_flag(flag: str) -> str:
@@ -120,7 +144,7 @@ def help_text() -> str:
         "       [NAME=value ...] torchrun --standalone --nproc_per_node=8 train_gpt.py [path=value ...]",
         "",
         "options:",
-        *(f"  {flag:12}{text}" for flag, text in FLAGS.items()),
+        *(f"  {flag:16}{text}" for flag, text in FLAGS.items()),
         "",
         "presets (PRESET=name; without it rat_rod_green on a GPU, else cpu):",
         *(f"  {name:17}{one_liner(name)}" for name in PRESETS),

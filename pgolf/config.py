@@ -29,7 +29,11 @@ __all__ = [
 
 NODES = tree.nodes(RunConfig)
 # Where a run reads and writes, and what it is called, does not change what it is.
-NOT_IN_DIGEST = ("preset", "train.run_id", "train.out_dir", "data.path", "data.tokenizer_path", "data.cache_dir")
+NOT_IN_DIGEST = (
+    "preset", "train.run_id", "train.out_dir", "data.path", "data.tokenizer_path", "data.cache_dir",
+    # a save stands outside the clock and changes no weight
+    "train.checkpoint_every", "train.checkpoint_seconds", "train.keep_checkpoints", "train.resume",
+)  # fmt: skip
 
 # path: (whether it matters, why not). Asked only about settings that somebody set.
 NO_EFFECT: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
@@ -53,11 +57,15 @@ NO_EFFECT: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """A checked configuration, where each value came from, and what its author should know."""
+    """A checked configuration, where each value came from, and what its author should know.
+
+    allow_change: settings or sections that a resumed run may have changed (--allow-change).
+    """
 
     config: RunConfig
     sources: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    allow_change: tuple[str, ...] = ()
 
 
 def gpu_present() -> bool:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as tdist
 from torch import Tensor
 
-from pgolf.errors import DistributedError, SetupError
+from pgolf.errors import DistributedError, PgolfError, SetupError
 
 # Ranks meet after compiling, which takes 3 to 7 minutes and not equally long everywhere.
 TIMEOUT = timedelta(minutes=15)
@@ -171,11 +171,24 @@ class Dist:
             tdist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives on rank 0 (picklable), on every rank; a PgolfError that it raises there, too."""
+        value, error = None, None
+        if self.is_main:
+            try:
+                value = work()
+            except PgolfError as err:
+                err.on_all_ranks, error = True, err
+        value, error = self.broadcast_object((value, error))
+        if error is not None:
+            raise error
+        return value
+
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's `value` (picklable), in order of rank, on every rank."""
+        """Every rank's `value` (picklable), by rank, on all of them; travels on the CPU."""
         if self.world_size == 1:
             return [value]
-        box = [None] * self.world_size
+        box: list[Any] = [None] * self.world_size
         with self._collective("gathering of objects"):
             tdist.all_gather_object(box, value)
         return box
@@ -334,6 +347,11 @@ class TimeLedger:
         if self._stack:
             self._seconds[self._stack[-1]] += now - self._since
         self._since = now
+
+    def carry(self, earlier: Mapping[str, Mapping]) -> None:
+        """Adds the seconds of an earlier process of this run, in the form of `to_dict`."""
+        for name, row in earlier.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + float(row["seconds"])
 
     def seconds(self, name: str) -> float:
         """Seconds booked for `name` so far; 0 if it has not run."""

@@ -9,12 +9,14 @@ class PgolfError(Exception):
     """Base of all errors meant for users. `exit_code` is the process's exit status."""
 
     exit_code = 1
+    on_all_ranks = False  # whether every rank raises it, so that rank 0 alone should tell it
 
 
 class ConfigError(PgolfError, ValueError):
     """A setting that does not exist, has the wrong type or cannot work with the others."""
 
     exit_code = 2
+    on_all_ranks = True
 
 
 class SetupError(PgolfError):

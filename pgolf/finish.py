@@ -119,6 +119,7 @@ def gather(trainer: Trainer, floats: EvalResult, packed: EvalResult, slid: EvalR
         "data": trainer.data.name,
         "parameters": parameter_count(trainer.model),
         "steps": trainer.step_number,
+        "resumes": trainer.resumes,
         "tokens": trainer.tokens,
         "train_seconds": train_seconds,
         "total_seconds": time.monotonic() - began,

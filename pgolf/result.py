@@ -136,7 +136,11 @@ def _read_curves(events: Path) -> tuple[list[dict], list[dict]]:
             event = json.loads(line)
         except ValueError:
             continue
-        if isinstance(event, dict) and event.get("kind") in found:
+        if not isinstance(event, dict):
+            continue
+        if event.get("kind") == "resume":  # what came after its checkpoint was lost, and is done again
+            found = {kind: [e for e in seen if e["step"] <= event["step"]] for kind, seen in found.items()}
+        elif event.get("kind") in found:
             found[event["kind"]].append(event)
     return found["step"], found["val"]
 

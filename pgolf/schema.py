@@ -35,10 +35,15 @@ class TrainConfig:
     dtype: str = "auto"  # activations: auto (bf16 with a GPU), fp32, bf16
     out_dir: str = "runs"  # folder of run folders
     run_id: str = ""  # name of this run's folder; empty = random
+    checkpoint_every: int = 0  # steps between checkpoints; 0 = not by steps. There is always one after the last step
+    checkpoint_seconds: float = 120.0  # training seconds between checkpoints; 0 = not by time
+    keep_checkpoints: int = 2  # the newest that stay on the disk; 0 = none is written, not even after the last step
+    resume: str = ""  # "auto" = the newest checkpoint of out_dir/run_id, if any; or a run's folder or checkpoint
 
     def problems(self) -> list[str]:
         low = {"seed": 0, "iterations": 1, "max_wallclock_seconds": 0, "reserve_ms": 0, "warmup_steps": 0}
         low |= {"val_loss_every": 0, "train_log_every": 0}
+        low |= {"checkpoint_every": 0, "checkpoint_seconds": 0, "keep_checkpoints": 0}
         out = [f"{n}={getattr(self, n)} must be at least {v}" for n, v in low.items() if getattr(self, n) < v]
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -48,6 +53,8 @@ class TrainConfig:
             out.append(f"reserve_ms={self.reserve_ms} must be below the cap of {cap}, or no step is left")
         if self.run_id in (".", "..") or set(self.run_id) & set("/\\:"):
             out.append(f"run_id={self.run_id!r} must be a plain folder name")
+        if self.resume == "auto" and not self.run_id:
+            out.append("resume=auto needs to know of which run: set run_id (RUN_ID), the same at every start")
         return out
 
 

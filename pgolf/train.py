@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pgolf import config, finish, runtime
+from pgolf import config, finish, resume, runtime
 from pgolf.config import RunConfig, Settings
 from pgolf.data.batch import Batch
 from pgolf.data.loaders import LOADERS, Prefetcher
@@ -34,6 +34,7 @@ from pgolf.optim.schedule import Progress, lr_scale
 from pgolf.optim.step import Optimizers
 from pgolf.phases import Phases
 from pgolf.quant.weight_cast import WeightCast, bank_weights
+from pgolf.snapshot import FOLDER, Saver
 
 
 class Trainer:
@@ -80,10 +81,13 @@ class Trainer:
         self.compute_loss = self.compiled(self.objective.__call__)
         self.nll = self.compiled(lambda ids, targets: self.model(Batch(ids, targets))[0])
         self.step_number, self.lr_scale, self.tokens = 0, 1.0, 0
+        self.skipped = (0, 0.0)  # first steps that the mean step time leaves out, and their milliseconds
         self.last_val: EvalResult | None = None
         self.recent: deque = deque(maxlen=(LAG + 2) * self.loader.micro_steps)  # (step, batch), for `not_finite`
         self.losses: deque = deque(maxlen=20)  # (step, loss) that were read
         self.divergence = Divergence()
+        self.saver: Saver | None = None  # None writes no checkpoints
+        self.resumes = 0  # how often the run was taken up again
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -186,12 +190,14 @@ class Trainer:
     def train(self) -> None:
         """Steps until `iterations` or the cap, whichever comes first; every decision comes from rank 0's clock."""
         cfg, steps = self.cfg, self.cfg.train.iterations
-        pace, skipped = Pace(self.device, self.optim.health), (0, 0.0)
-        self.clock.start()
+        pace = Pace(self.device, self.optim.health)
+        self.clock.start(self.clock.elapsed_ms)
+        if self.step_number:  # resumed: the checkpoint was written before the validation of its step
+            self._validate_where_due()
         while self.step_number < steps and not self.clock.expired:
             if self.step_number == cfg.schedule.skip_steps:
-                skipped = (self.step_number, self.clock.elapsed_ms)
-            now = Progress(self.step_number, steps, self.clock.elapsed_ms, self.clock.cap_ms, *skipped)
+                self.skipped = (self.step_number, self.clock.elapsed_ms)
+            now = Progress(self.step_number, steps, self.clock.elapsed_ms, self.clock.cap_ms, *self.skipped)
             self.lr_scale = lr_scale(cfg.schedule, now)
             for name, what in self.phases.apply(self.lr_scale):
                 self.log.event("phase", name=name, step=self.step_number, lr_scale=self.lr_scale)
@@ -206,16 +212,23 @@ class Trainer:
                 raise self.not_finite(bad_step)
             self.clock.tick()
             self._report(loss)
+            if self.saver and self.saver.due:
+                self.saver.save()
+            self._validate_where_due()
         self.check_finite()
         if self.step_number < steps:
             self.log.stopping_early(self.clock.elapsed_ms, self.step_number, steps)
         self.clock.pause()
 
+    @property
+    def is_last(self) -> bool:
+        """Whether no step comes behind the one that was done."""
+        return self.step_number >= self.cfg.train.iterations or self.clock.expired
+
     def _report(self, loss: Tensor) -> None:
-        """Log line and validation where they are due."""
+        """Log line where it is due."""
         t, n, ms = self.cfg.train, self.step_number, self.clock.elapsed_ms
-        last = n == t.iterations or self.clock.expired
-        if last or n <= 10 or (t.train_log_every and n % t.train_log_every == 0):
+        if self.is_last or n <= 10 or (t.train_log_every and n % t.train_log_every == 0):
             left, value = self.clock.left_ms, self.read_loss(loss)
             self.log.step(
                 n,
@@ -226,7 +239,10 @@ class Trainer:
                 tokens_per_second=1000 * self.tokens / max(ms, 1e-9),
                 time_left_s=None if left is None else left / 1000,
             )
-        if last or (t.val_loss_every and n % t.val_loss_every == 0):
+
+    def _validate_where_due(self) -> None:
+        t, n, ms = self.cfg.train, self.step_number, self.clock.elapsed_ms
+        if self.is_last or (t.val_loss_every and n % t.val_loss_every == 0):
             with self.clock.paused(), self.ledger.phase("validate"):
                 scored = self.validate(finish.plain_windows(self.cfg), limit=self.cfg.eval.max_tokens)
             self.log.val(n, t.iterations, scored.val_loss, scored.val_bpb, ms)
@@ -302,7 +318,10 @@ def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: floa
     for note in settings.notes:
         log.line(f"note: {note}")
     log.line(f"run: {run_dir}  preset:{cfg.preset} seed:{cfg.train.seed} config digest:{config.digest(cfg)[:16]}")
+    saved = resume.load(settings, run_dir, dist, log)
     trainer = Trainer(cfg, dist, log, ledger)
+    if saved:
+        resume.check_data(trainer, saved, settings)
     for line in [*trainer.runtime.lines(), *trainer.data.lines]:
         log.line(line)
     log.line(f"model_params:{parameter_count(trainer.model)}")
@@ -313,6 +332,10 @@ def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: floa
     with paths(**trainer.runtime.paths):
         with log.phase("warmup", ledger):
             trainer.warm_up()
+        if saved:
+            resume.restore(trainer, saved)
+        if cfg.train.keep_checkpoints:
+            trainer.saver = Saver(trainer, run_dir / FOLDER)
         with log.phase("train", ledger):
             trainer.train()
         trainer.loader.close()
@@ -320,11 +343,22 @@ def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: floa
 
 
 def make_run_dir(settings: Settings, dist: Dist) -> Path:
-    """`out_dir/run_id`, new; rank 0 names it. Raises ConfigError when a run of that name is already there."""
+    """`out_dir/run_id`, new; rank 0 names it. Raises ConfigError when a run of that name is already there.
+
+    For a resumed run the folder that it goes on in.
+    """
     train = settings.config.train
-    name = train.run_id or f"{settings.config.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    path = Path(dist.broadcast_object(train.out_dir)) / dist.broadcast_object(name)
-    taken = dist.max_int(int(dist.is_main and path.exists() and any(path.iterdir())))
-    if taken:
-        raise ConfigError(f"{path} holds an earlier run, which is left untouched: choose another RUN_ID or remove it")
-    return path
+
+    def choose() -> Path:
+        if train.resume:
+            return resume.run_folder(settings)
+        name = train.run_id or f"{settings.config.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        path = Path(train.out_dir) / name
+        if path.exists() and any(path.iterdir()):
+            raise ConfigError(
+                f"{path} holds an earlier run, which is left untouched: choose another RUN_ID, remove it,"
+                " or go on with it (RESUME=auto)"
+            )
+        return path
+
+    return dist.on_main(choose)

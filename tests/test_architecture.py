@@ -16,11 +16,12 @@ LAYERS = [
     {"schema", "not_yet"},
     {"aliases", "presets"},
     {"config"},
-    {"phases", "finish", "dry_run", "diagnose"},
+    {"phases", "finish", "dry_run", "diagnose", "snapshot"},
+    {"resume"},
     {"train"},
     {"cli", "lab"},
 ]
-LEAVES = {"data", "dist", "log", "errors", "result", "runtime", "tree"}
+LEAVES = {"data", "dist", "log", "errors", "result", "runtime", "tree", "checkpoint"}
 READS_ENVIRON = {"pgolf/config.py", "pgolf/dist.py", "pgolf/cli.py"}
 # name: reason. Everything else keeps the caps.
 LONG_FILES: dict[str, str] = {}

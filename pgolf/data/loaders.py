@@ -96,6 +96,16 @@ class Loader:
             )
         self._state = copy.deepcopy(state)
 
+    def resume(self, states: list[dict], micro_steps: int) -> None:
+        """Continues from the states of all ranks of a run that had `len(states)` of them and accumulated `micro_steps`
+        micro-batches; with another number of ranks as `_merged` says. Raises DataError like `load_state_dict`."""
+        same = len(states) == self.world_size
+        self.load_state_dict(states[self.rank] if same else self._merged(states, micro_steps))
+
+    def _merged(self, states: list[dict], micro_steps: int) -> dict:
+        """This rank's state after a change of the number of ranks. Here: the state is the same on every rank."""
+        return states[0]
+
 
 class SequentialLoader(Loader):
     """One cursor over the shards end to end, round and round; nothing is shuffled, documents are not looked at.
@@ -103,16 +113,19 @@ class SequentialLoader(Loader):
     Slice k of the stream is tokens [k (n+1), (k+1) (n+1)), n = rows * T, the last of them only a target. Micro-batch m
     of rank r is slice m W + r, so a step takes the same slices for every W that leaves W * A unchanged. (The
     challenge's baseline.)
+
+    The state is the number of tokens that all ranks together have taken: a run that goes on with another number of
+    ranks goes on at the very next token.
     """
 
     def reset(self) -> None:
-        self._state = {"batches": 0}
+        self._state = {"tokens": 0}
         self._ends = np.cumsum([len(s) for s in self.shards])
 
     def _windows(self) -> np.ndarray:
         length = self.rows * self.seq_len + 1
-        tokens = self._read((self._state["batches"] * self.world_size + self.rank) * length, length)
-        self._state["batches"] += 1
+        tokens = self._read(self._state["tokens"] + self.rank * length, length)
+        self._state["tokens"] += self.world_size * length
         return np.lib.stride_tricks.sliding_window_view(tokens, self.seq_len + 1)[:: self.seq_len]
 
     def _read(self, start: int, length: int) -> np.ndarray:
@@ -136,6 +149,9 @@ class CoprimeALoader(Loader):
 
     The generator is seeded by a hash of the paths as given, not by the run's seed, as published: to change the order of
     the data change the folder's name.
+
+    The state is the same on every rank. With another number of ranks the walks go on where they were, so every block
+    still comes once a walk; how many windows a draw takes, and with it the mix, follow the new number.
     """
 
     RAMP = 1800  # batches over which the mix widens
@@ -280,6 +296,15 @@ class CoprimeBLoader(Loader):
         self._state["visits"][which] += count
         return self._tokens(shard)[at[:, None] + np.arange(self.seq_len + 1)]
 
+    def _merged(self, states: list[dict], micro_steps: int) -> dict:
+        """Same place in the order of shards, by steps; in each shard the walk goes on from the rank that was furthest.
+
+        Each rank walks a shard by its own count, so this repeats no window of the furthest rank and may leave some out.
+        """
+        steps = states[0]["batches"] // micro_steps
+        visits = [max(counts) for counts in zip(*(s["visits"] for s in states), strict=True)]
+        return {"batches": steps * self.micro_steps, "visits": visits}
+
     def _tokens(self, shard: int) -> np.ndarray:
         """The shard in memory: one sequential read instead of a page fault per window while it is held."""
         if shard not in self._loaded:
@@ -335,6 +360,11 @@ class Prefetcher:
     def load_state_dict(self, state: dict) -> None:
         self._drain()
         self.loader.load_state_dict(state)
+        self._state = self.loader.state_dict()
+
+    def resume(self, states: list[dict], micro_steps: int) -> None:
+        self._drain()
+        self.loader.resume(states, micro_steps)
         self._state = self.loader.state_dict()
 
     def reset(self) -> None:

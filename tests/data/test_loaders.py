@@ -324,7 +324,8 @@ def test_prefetcher_works_ahead_by_its_depth(files):
     ahead.next_batch()
     for future in ahead._pending:
         future.result()
-    assert loader.state_dict() == {"batches": 4} and ahead.state_dict() == {"batches": 1}
+    slice_tokens = loader.rows * T + 1
+    assert loader.state_dict() == {"tokens": 4 * slice_tokens} and ahead.state_dict() == {"tokens": slice_tokens}
     assert (ahead.micro_steps, ahead.tokens_per_step) == (loader.micro_steps, loader.tokens_per_step)
     ahead.close()
 
