@@ -87,7 +87,7 @@ class Trainer:
         self.losses: deque = deque(maxlen=20)  # (step, loss) that were read
         self.divergence = Divergence()
         self.saver: Saver | None = None  # None writes no checkpoints
-        self.resumes = 0  # how often the run was taken up again
+        self.resumes = 0  # processes before this one that this state went through
 
     # -- building ------------------------------------------------------------------------------------------------
 

@@ -51,3 +51,29 @@ def poisoned():
 def root() -> Path:
     """The repository's root."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A small data set that is the same on every machine: the licence's text, tokenised, cut into two shards."""
+    import numpy as np
+    import sentencepiece as spm
+    from helpers import VOCAB
+
+    from pgolf.data.shards import write_shard
+
+    folder = tmp_path_factory.mktemp("licence_sp400")
+    text = (ROOT / "LICENSE").read_text()
+    paragraphs = [" ".join(p.split()) for p in text.split("\n\n") if p.strip()]
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(paragraphs), model_prefix=str(folder / "tokenizer"), model_type="bpe",
+        vocab_size=VOCAB, byte_fallback=True, split_digits=True, add_dummy_prefix=False, pad_id=0, bos_id=1,
+        eos_id=2, unk_id=3, character_coverage=0.999, minloglevel=2, num_threads=1, hard_vocab_limit=False,
+    )  # fmt: skip
+    sp = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    tokens = np.concatenate([[1, *sp.encode(p)] for p in paragraphs]).astype(np.uint16)
+    cut = len(tokens) // 4
+    write_shard(folder / "fineweb_val_000000.bin", tokens[:cut])
+    write_shard(folder / "fineweb_train_000000.bin", tokens[cut : 2 * cut])
+    write_shard(folder / "fineweb_train_000001.bin", tokens[2 * cut :])
+    return folder

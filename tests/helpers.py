@@ -7,6 +7,7 @@ import torch
 from pgolf.data.batch import Batch
 
 ROOT = Path(__file__).resolve().parent.parent
+VOCAB = 400  # of the `shards` fixture
 KERNELS = sorted(p.stem for p in ROOT.glob("kernels/[a-z]*.py"))  # every op
 
 

@@ -140,7 +140,8 @@ def main(out, seed, overrides):
         nth, delay = rng.choice((1, 1, 2)), rng.uniform(0, 0.06)
         plans.append(("stepping", lambda nth=nth, delay=delay: in_a_step(nth, delay), None))
     for name, hook in WRITING.items():
-        plans.append((name, lambda hook=hook, nth=rng.choice((1, 2)): hook(nth), None))
+        nth = rng.choice((1, 2))
+        plans.append((name, lambda hook=hook, nth=nth: hook(nth), None))
     rng.shuffle(plans)
     plans += [(name, hook, None) for name, hook in BEHIND.items()]
     by = {}

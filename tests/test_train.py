@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import VOCAB
 
 from pgolf import config, finish, tree
 from pgolf.artifact.model_io import load_model, save_model
 from pgolf.artifact.pack import unpack
 from pgolf.config import RunConfig
 from pgolf.data.batch import Batch
-from pgolf.data.shards import open_shard, write_shard
+from pgolf.data.shards import open_shard
 from pgolf.data.tokenizer import ByteTable, brute_force_bytes, load_tokenizer
 from pgolf.dist import Dist, TimeLedger
 from pgolf.errors import BudgetError, ConfigError, NumericalError
@@ -34,29 +35,6 @@ from pgolf.quant import fake_quant
 from pgolf.train import Trainer, run
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCAB = 400
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """A small data set that is the same on every machine: the licence's text, tokenised, cut into two shards."""
-    import sentencepiece as spm
-
-    folder = tmp_path_factory.mktemp("licence_sp400")
-    text = (ROOT / "LICENSE").read_text()
-    paragraphs = [" ".join(p.split()) for p in text.split("\n\n") if p.strip()]
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(paragraphs), model_prefix=str(folder / "tokenizer"), model_type="bpe",
-        vocab_size=VOCAB, byte_fallback=True, split_digits=True, add_dummy_prefix=False, pad_id=0, bos_id=1,
-        eos_id=2, unk_id=3, character_coverage=0.999, minloglevel=2, num_threads=1, hard_vocab_limit=False,
-    )  # fmt: skip
-    sp = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    tokens = np.concatenate([[1, *sp.encode(p)] for p in paragraphs]).astype(np.uint16)
-    cut = len(tokens) // 4
-    write_shard(folder / "fineweb_val_000000.bin", tokens[:cut])
-    write_shard(folder / "fineweb_train_000000.bin", tokens[cut : 2 * cut])
-    write_shard(folder / "fineweb_train_000001.bin", tokens[2 * cut :])
-    return folder
 
 
 def settings(shards, out, *overrides, preset="smoke"):
