@@ -267,6 +267,68 @@ def test_foreign_state_is_refused(files):
         make("coprime_a", files).load_state_dict(make("sequential", files).state_dict())
 
 
+def resumed(name, files, loaders, world_size, **options):
+    """The loaders of a run that goes on with another number of ranks."""
+    states, micro_steps = [json.loads(json.dumps(x.state_dict())) for x in loaders], loaders[0].micro_steps
+    new = [make(name, files, rank, world_size, **options) for rank in range(world_size)]
+    for loader in new:
+        loader.resume(states, micro_steps)
+    return new
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 3), (3, 2), (4, 4)])
+def test_sequential_goes_on_at_the_next_token_with_other_ranks(files, before, after):
+    """Also where a micro-batch of the new ranks does not divide what was taken."""
+    old = [make("sequential", files, rank, before) for rank in range(before)]
+    taken = 0
+    for _ in range(5):
+        for loader in old:
+            taken += batch_windows(loader.next_batch())[:, :-1].size + 1
+    whole = make("sequential", files)
+    for loader in resumed("sequential", files, old, after):
+        length = loader.rows * T + 1
+        want = whole._read(taken + loader.rank * length, length)
+        got = batch_windows(loader.next_batch())
+        np.testing.assert_array_equal(got[:, 0], want[:-1:T])
+        assert got[-1, -1] == want[-1]
+
+
+@pytest.mark.parametrize("name", LOADER_NAMES)
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_other_ranks_never_share_a_window(files, name, before, after):
+    old = [make(name, files, rank, before) for rank in range(before)]
+    for _ in range(6):
+        for loader in old:
+            loader.next_batch()
+    new = resumed(name, files, old, after)
+    for _ in range(10):
+        starts = np.concatenate([batch_windows(loader.next_batch())[:, 0] for loader in new])
+        assert len(set(starts.tolist())) == len(starts)
+
+
+def test_coprime_a_repeats_no_block_of_a_walk_when_ranks_change(files):
+    old = [make("coprime_a", files, rank, 2) for rank in range(2)]
+    for _ in range(3):
+        for loader in old:
+            loader.next_batch()
+    (new,) = resumed("coprime_a", files, old, 1)
+    one, other = (old[i].state_dict() for i in range(2))
+    assert one == other == new.state_dict()
+
+
+def test_coprime_b_goes_on_from_the_furthest_rank(files):
+    old = [make("coprime_b", files, rank, 2, shard_hold_steps=3) for rank in range(2)]
+    for _ in range(10):
+        for loader in old:
+            loader.next_batch()
+    (new,) = resumed("coprime_b", files, old, 1, shard_hold_steps=3)
+    steps = old[0].state_dict()["batches"] // old[0].micro_steps
+    assert new.state_dict()["batches"] == steps * new.micro_steps
+    visits = [loader.state_dict()["visits"] for loader in old]
+    assert new.state_dict()["visits"] == [max(pair) for pair in zip(*visits, strict=True)]
+    assert visits[0] != visits[1]
+
+
 @pytest.mark.parametrize("world_size,steps,tokens", [(1, 8, 540672), (8, 1, 540672), (3, 3, 540672)])
 def test_true_tokens_per_step(files, world_size, steps, tokens):
     """PR #1130's 548,864 tokens at length 2048 are 33 sequences a rank on 8 ranks."""
