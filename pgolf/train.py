@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pgolf import config, finish, runtime
+from pgolf import config, finish, node, runtime
 from pgolf.config import RunConfig, Settings
 from pgolf.data.batch import Batch
 from pgolf.data.loaders import LOADERS, Prefetcher
@@ -84,6 +84,7 @@ class Trainer:
         self.recent: deque = deque(maxlen=(LAG + 2) * self.loader.micro_steps)  # (step, batch), for `not_finite`
         self.losses: deque = deque(maxlen=20)  # (step, loss) that were read
         self.divergence = Divergence()
+        self.node: str | None = None  # digest of this machine's fingerprint, on rank 0
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -299,10 +300,13 @@ def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: floa
     cfg, ledger = settings.config, TimeLedger()
     if dist.is_main:
         config.write(settings, run_dir / "config.json")
+    here = node.record(run_dir, cfg.data.cache_dir) if dist.is_main else {}
+    log.event("node", **here)
     for note in settings.notes:
         log.line(f"note: {note}")
     log.line(f"run: {run_dir}  preset:{cfg.preset} seed:{cfg.train.seed} config digest:{config.digest(cfg)[:16]}")
     trainer = Trainer(cfg, dist, log, ledger)
+    trainer.node = here.get("digest")
     for line in [*trainer.runtime.lines(), *trainer.data.lines]:
         log.line(line)
     log.line(f"model_params:{parameter_count(trainer.model)}")

@@ -19,8 +19,10 @@ LAYERS = [
     {"phases", "finish", "dry_run", "diagnose"},
     {"train"},
     {"cli", "lab"},
+    {"doctor"},
+    {"__main__"},
 ]
-LEAVES = {"data", "dist", "log", "errors", "result", "runtime", "tree"}
+LEAVES = {"data", "dist", "log", "errors", "node", "result", "runtime", "tree"}
 READS_ENVIRON = {"pgolf/config.py", "pgolf/dist.py", "pgolf/cli.py"}
 # name: reason. Everything else keeps the caps.
 LONG_FILES: dict[str, str] = {}
