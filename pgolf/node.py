@@ -40,7 +40,7 @@ def fingerprint(cache_dir: str | Path = "", torch: ModuleType | None = None) -> 
     """host, gpus (the visible ones, in torch's order), driver, versions, git, now (not compared), rates, digest.
 
     cache_dir: where `doctor --bench` has put what it measured on this very node; "" = ~/.cache/pgolf. torch: the
-    module, imported when not given. About 0.1 s beyond torch's import; at most 15 s where nvidia-smi or git hang.
+    module, imported when not given. About 0.1 s beyond torch's import; at most 25 s where nvidia-smi and git hang.
     """
     torch = torch or import_torch()
     gpus, driver, clocks = _gpus(torch)

@@ -22,7 +22,6 @@ STATE = {
     "power_limit_w": "power.limit",
     "power_default_w": "power.default_limit",
     "temperature_c": "temperature.gpu",
-    "persistence": "persistence_mode",
 }
 # Bits of NVML's clock event reasons; the first two are no fault: idle, and clocks that somebody has set.
 REASONS = {

@@ -127,7 +127,7 @@ def table(rows: Iterable[Row], pad: int, width: int | None = None) -> list[str]:
 
 def _wrap(text: str, width: int) -> list[str]:
     # commands are copied from here: words are never broken
-    return textwrap.wrap(text, max(width, 30), break_long_words=False, break_on_hyphens=False) or [""]
+    return textwrap.wrap(ascii_only(text), max(width, 30), break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def summary(rows: Iterable[Row]) -> str:

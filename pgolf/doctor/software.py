@@ -129,27 +129,10 @@ def _cuda_error(torch: Any) -> str:
     return "no reason given"
 
 
-def runs_on(arches: list[str], capability: tuple[int, int]) -> bool:
-    """Whether code for `arches` (torch.cuda.get_arch_list()) runs on a device.
-
-    Machine code sm_XY runs on X.Y and on later Y of the same X; sm_XYa on X.Y alone; compute_XY is compiled by the
-    driver for everything from X.Y on.
-    """
-    for arch in arches:
-        kind, _, text = arch.partition("_")
-        digits, exact = text.rstrip("af"), text.endswith("a")
-        if not digits.isdigit():
-            continue
-        has = (int(digits[:-1]), int(digits[-1]))
-        if kind == "compute" and not exact and has <= capability:
-            return True
-        if kind == "sm" and (has == capability or (not exact and has[0] == capability[0] and has[1] <= capability[1])):
-            return True
-    return False
-
-
 def architectures(machine: Machine) -> Iterator[Row]:
     """Whether torch's wheel holds code for each GPU, and what the GPU's generation means."""
+    from pgolf.runtime import runs_on  # needs torch, which may be what is broken
+
     arches = machine.torch.cuda.get_arch_list() if machine.gpus else []
     for i, gpu in enumerate(machine.gpus):
         capability = (gpu.major, gpu.minor)
@@ -257,25 +240,33 @@ def kernel(machine: Machine) -> Iterator[Row]:
     if not any((g.major, g.minor) >= CAPABILITY for g in machine.gpus) or node.version_of("triton") is None:
         yield Row("kernel", NONE, "no GPU with Triton to run one on")
         return
-    torch = machine.torch
-    from pgolf.kernels.cross_entropy import cross_entropy, cross_entropy_ref
-
     i = next(i for i, g in enumerate(machine.gpus) if (g.major, g.minor) >= CAPABILITY)
-    gen = torch.Generator().manual_seed(0)
-    logits = torch.randn(256, 1024, generator=gen).to(f"cuda:{i}")
-    targets = torch.randint(0, 1024, (256,), generator=gen).to(logits.device)
+    yield try_kernel(f"cuda:{i}")
+
+
+def try_kernel(device: str) -> Row:
+    """The row of cross_entropy on `device`."""
     try:
-        got, _ = cross_entropy(logits, targets, cap=30.0)
-        off = (got - cross_entropy_ref(logits, targets, cap=30.0)[0]).abs().max().item()
+        off = _kernel_error(device)
     except Exception as err:  # Triton raises what its compiler, the C compiler or the driver raised
         fix = "KERNELS=reference runs without; the triton and triton cache rows may say why"
-        yield Row("kernel", FAIL, f"cross_entropy does not run: {type(err).__name__}: {first_line(err)}", fix)
-        return
+        return Row("kernel", FAIL, f"cross_entropy does not run: {type(err).__name__}: {first_line(err)}", fix)
     if off < 1e-3:
-        yield Row("kernel", OK, f"cross_entropy compiles and runs, {off:.0e} from its reference")
-    else:
-        fix = "KERNELS=reference; please report this with `pgolf doctor --json`"
-        yield Row("kernel", FAIL, f"cross_entropy is {off:.3g} off its reference, expected below 1e-3", fix)
+        return Row("kernel", OK, f"cross_entropy compiles and runs, {off:.0e} from its reference")
+    fix = "KERNELS=reference; please report this with `pgolf doctor --json`"
+    return Row("kernel", FAIL, f"cross_entropy is {off:.3g} off its reference, expected below 1e-3", fix)
+
+
+def _kernel_error(device: str) -> float:
+    import torch
+
+    from pgolf.kernels.cross_entropy import cross_entropy, cross_entropy_ref
+
+    gen = torch.Generator().manual_seed(0)
+    logits = torch.randn(256, 1024, generator=gen).to(device)
+    targets = torch.randint(0, 1024, (256,), generator=gen).to(device)
+    got, _ = cross_entropy(logits, targets, cap=30.0)
+    return (got - cross_entropy_ref(logits, targets, cap=30.0)[0]).abs().max().item()
 
 
 CHECKS: dict[str, Check] = {
