@@ -302,3 +302,21 @@ def test_bench_under_torchrun(tmp_path):
     (name,) = [n for n in out["bench"]["rates"] if n.startswith("all-reduce")]
     assert len(out["bench"]["rates"][name]["ranks"]) == 2
     assert out["node"]["rates"]["values"] == out["bench"]["rates"]
+
+
+def test_a_real_program_of_the_name_nvidia_smi(tmp_path):
+    """Through PATH and a process, with a driver that has a GPU and a torch that cannot use it."""
+    if torch.cuda.is_available():
+        pytest.skip("torch can use the GPU of this machine")
+    script = tmp_path / "nvidia-smi"
+
+    def cuda_row(text):
+        script.write_text(f"#!/bin/sh\n{text}\n")
+        script.chmod(0o755)
+        done = pgolf("doctor", "--json", PATH=f"{tmp_path}:{os.environ['PATH']}")
+        (row,) = (r for r in json.loads(done.stdout)["checks"] if r["name"] == "cuda")
+        return done.returncode, row["status"], row["what"]
+
+    code, status, what = cuda_row("case $1 in --query-gpu=uuid*) echo GPU-0, 550.1;; esac")
+    assert (code, status) == (3, FAIL) and "nvidia-smi sees 1 GPU" in what
+    assert cuda_row("echo GPU-0; exit 9")[1] == "n/a"  # it failed: what it printed is not believed
