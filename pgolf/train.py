@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pgolf import config, finish, resume, runtime
+from pgolf import config, finish, node, resume, runtime
 from pgolf.config import RunConfig, Settings
 from pgolf.data.batch import Batch
 from pgolf.data.loaders import LOADERS, Prefetcher
@@ -88,6 +88,7 @@ class Trainer:
         self.divergence = Divergence()
         self.saver: Saver | None = None  # None writes no checkpoints
         self.resumes = 0  # processes before this one that this state went through
+        self.node: str | None = None  # digest of this machine's fingerprint, on rank 0
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -315,6 +316,8 @@ def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: floa
     cfg, ledger = settings.config, TimeLedger()
     if dist.is_main:
         config.write(settings, run_dir / "config.json")
+    here = node.record(run_dir, cfg.data.cache_dir) if dist.is_main else {}
+    log.event("node", **here)
     for note in settings.notes:
         log.line(f"note: {note}")
     log.line(f"run: {run_dir}  preset:{cfg.preset} seed:{cfg.train.seed} config digest:{config.digest(cfg)[:16]}")
@@ -322,6 +325,7 @@ def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: floa
     trainer = Trainer(cfg, dist, log, ledger)
     if saved:
         resume.check_data(trainer, saved, settings)
+    trainer.node = here.get("digest")
     for line in [*trainer.runtime.lines(), *trainer.data.lines]:
         log.line(line)
     log.line(f"model_params:{parameter_count(trainer.model)}")

@@ -72,10 +72,12 @@ def test_run_directory_is_complete(smoke):
     result, path = smoke
     names = {p.name for p in path.iterdir()}
     assert {"config.json", "events.jsonl", "train.log", "model.pgolf", "train_gpt_bundle.py", "curves.png",
-            "result.json", "checkpoints"} == names  # fmt: skip
+            "node.json", "result.json", "checkpoints"} == names  # fmt: skip
     saved = json.loads((path / "result.json").read_text())
     assert saved == json.loads(json.dumps(result))
     assert (path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    here = json.loads((path / "node.json").read_text())
+    assert saved["node"] == here["digest"] == events(path, "node")[0]["digest"]
     described = json.loads((path / "config.json").read_text())
     assert tree.from_dict(RunConfig, described["config"]).preset == "smoke"
 
