@@ -163,11 +163,12 @@ class Trainer:
 
         found = first_bad(self, [batch for at, batch in self.recent if at == step])
         where = [f"rank {rank}: {text}" for rank, text in enumerate(self.dist.gather_objects(found)) if text]
+        kept = self.saver.newest_path if self.saver else None
         last = ", ".join(f"{at}: {value:.4f}" for at, value in list(self.losses)[-8:]) or "none"
         return NumericalError(
             f"step {step + 1}: training loss or gradient is not finite; first seen in "
             f"{where[0] if where else 'nothing that can be found again in an eager forward and backward'}\n"
-            f"Last losses (step: loss): {last}. The weights are those before that step; nothing is exported.\n"
+            f"Last losses (step: loss): {last}. Nothing is exported; last good checkpoint: {kept or 'none'}.\n"
             "Lower the learning rates or set GRAD_CLIP_NORM."
         )
 
