@@ -301,7 +301,7 @@ def run(settings: Settings) -> dict:
     dist = start(cfg.train.device)
     try:
         run_dir = make_run_dir(settings, dist)
-        with RunLog(run_dir, dist.rank) as log:
+        with RunLog(run_dir, dist.rank) as log, resume.claimed(run_dir, dist):
             try:
                 return _run(settings, run_dir, dist, log, began)
             except Exception as err:

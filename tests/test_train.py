@@ -71,8 +71,8 @@ def smoke(shards, tmp_path_factory):
 def test_run_directory_is_complete(smoke):
     result, path = smoke
     names = {p.name for p in path.iterdir()}
-    assert {"config.json", "events.jsonl", "train.log", "model.pgolf", "train_gpt_bundle.py", "curves.png",
-            "result.json"} == names  # fmt: skip
+    assert {"config.json", "events.jsonl", "train.log", "checkpoints", "model.pgolf", "train_gpt_bundle.py",
+            "curves.png", "result.json"} == names  # fmt: skip
     saved = json.loads((path / "result.json").read_text())
     assert saved == json.loads(json.dumps(result))
     assert (path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
