@@ -163,12 +163,12 @@ class Trainer:
 
         found = first_bad(self, [batch for at, batch in self.recent if at == step])
         where = [f"rank {rank}: {text}" for rank, text in enumerate(self.dist.gather_objects(found)) if text]
-        kept = self.saver.newest_path if self.saver else None
+        kept = f"step {self.saver.saved_step}" if self.saver and self.saver.saved_step > 0 else "none"
         last = ", ".join(f"{at}: {value:.4f}" for at, value in list(self.losses)[-8:]) or "none"
         return NumericalError(
             f"step {step + 1}: training loss or gradient is not finite; first seen in "
             f"{where[0] if where else 'nothing that can be found again in an eager forward and backward'}\n"
-            f"Last losses (step: loss): {last}. Nothing is exported; last good checkpoint: {kept or 'none'}.\n"
+            f"Last losses (step: loss): {last}. Nothing is exported; last good checkpoint: {kept}.\n"
             "Lower the learning rates or set GRAD_CLIP_NORM."
         )
 
@@ -303,7 +303,7 @@ def run(settings: Settings) -> dict:
     dist = start(cfg.train.device)
     try:
         run_dir = make_run_dir(settings, dist)
-        with RunLog(run_dir, dist.rank) as log:
+        with RunLog(run_dir, dist.rank) as log, resume.claimed(run_dir, dist):
             try:
                 return _run(settings, run_dir, dist, log, began)
             except Exception as err:

@@ -56,6 +56,20 @@ def test_restoring_is_exact_and_complete(shards, tmp_path, cast):
         assert torch.equal(t, snapshot.snapshot(b)[0][name]), name
 
 
+def test_a_gpus_generator_is_kept_too(monkeypatch):
+    """With a stand-in for the GPU's: its state goes through JSON and comes back as bytes on the CPU."""
+    held = {"state": torch.arange(16, dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: held["state"])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: held.update(state=state, device=device))
+    gpu = torch.device("cuda", 3)
+    saved = json.loads(json.dumps(snapshot.rng_state(gpu)))
+    held["state"] = None
+    snapshot.set_rng_state(snapshot.rng_state(torch.device("cpu")), gpu)  # of a run without a GPU
+    assert held["state"] is None
+    snapshot.set_rng_state(saved, gpu)
+    assert torch.equal(held["state"], torch.arange(16, dtype=torch.uint8)) and held["device"] == gpu
+
+
 class Hand:
     def __init__(self):
         self.at = 0.0
