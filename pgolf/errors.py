@@ -4,9 +4,34 @@ A message says what is wrong, what was got, what was expected and what mends it.
 traceback unless `--debug` is given.
 """
 
+LINE, LINES = 500, 40  # the longest line and the most lines of a message
+
+
+def readable(text: str) -> str:
+    """`text` fit for a terminal: a message quotes names and values, and a damaged file may hold anything.
+
+    Long lines lose their middle, long lists their end; what is no printable character is written as its escape.
+    """
+    lines = text.split("\n")
+    if len(lines) > LINES:
+        lines = [*lines[: LINES - 1], f"... and {len(lines) - LINES + 1} lines more"]
+    return "\n".join(_one_line(line) for line in lines)
+
+
+def _one_line(line: str) -> str:
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[: 20 * LINE])
+    if len(line) > LINE:
+        end = (LINE - 40) // 2
+        line = f"{line[:end]} [{len(line) - 2 * end:,} characters] {line[-end:]}"
+    return line
+
 
 class PgolfError(Exception):
     """Base of all errors meant for users. `exit_code` is the process's exit status."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(readable(message))
 
     exit_code = 1
     on_all_ranks = False  # whether every rank raises it, so that rank 0 alone should tell it

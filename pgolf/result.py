@@ -112,7 +112,7 @@ def _byte_lines(result: Mapping[str, Any]) -> list[str]:
 def plot_curves(events: str | Path, png: str | Path, say: Callable[[str], None] = print) -> Path | None:
     """Draws losses and learning-rate scale over steps from `events`.jsonl into `png`; None (and a line) if it cannot.
 
-    Lines that are not whole JSON objects, as a killed run leaves, are skipped.
+    Lines that are not whole, as a killed run leaves, or lack a number are skipped.
     """
     try:
         steps, vals = _read_curves(Path(events))
@@ -129,19 +129,20 @@ def plot_curves(events: str | Path, png: str | Path, say: Callable[[str], None] 
     return Path(png)
 
 
+CURVES = {"step": ("train_loss", "lr_scale"), "val": ("val_loss", "val_bpb")}  # kind of event: what is drawn
+
+
 def _read_curves(events: Path) -> tuple[list[dict], list[dict]]:
-    found: dict[str, list[dict]] = {"step": [], "val": []}
+    """Steps and validations as numbers; NaN and infinity were logged as strings."""
+    found: dict[str, list[dict]] = {kind: [] for kind in CURVES}
     for line in events.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+        with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             event = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(event, dict):
-            continue
-        if event.get("kind") == "resume":  # what came after its checkpoint was lost, and is done again
-            found = {kind: [e for e in seen if e["step"] <= event["step"]] for kind, seen in found.items()}
-        elif event.get("kind") in found:
-            found[event["kind"]].append(event)
+            kind, step = event["kind"], float(event["step"])
+            if kind == "resume":  # what came after its checkpoint was lost, and is done again
+                found = {k: [e for e in seen if e["step"] <= step] for k, seen in found.items()}
+            else:
+                found[kind].append({"step": step, **{key: float(event[key]) for key in CURVES[kind]}})
     return found["step"], found["val"]
 
 
@@ -157,7 +158,8 @@ def _draw(steps: list[dict], vals: list[dict], png: Path) -> None:
     loss.plot(*_curve(vals, "val_loss"), color="tab:orange", marker="o", markersize=4, label="val")
     if vals:
         last = vals[-1]
-        loss.set_title(f"val {last['val_loss']:.4f} nats/token, {last['val_bpb']:.4f} bits/byte at step {last['step']}")
+        scores = f"val {last['val_loss']:.4f} nats/token, {last['val_bpb']:.4f} bits/byte"
+        loss.set_title(f"{scores} at step {last['step']:.0f}")
     loss.set_ylabel("loss (nats per token)")
     loss.legend()
     lr.plot(*_curve(steps, "lr_scale"), color="tab:green")
@@ -169,5 +171,5 @@ def _draw(steps: list[dict], vals: list[dict], png: Path) -> None:
 
 
 def _curve(events: list[dict], key: str) -> tuple[list, list]:
-    """Steps and values; a non-finite value was logged as a string and leaves a gap."""
-    return [e["step"] for e in events], [float(e[key]) for e in events]
+    """Steps and values; a non-finite value leaves a gap."""
+    return [e["step"] for e in events], [e[key] for e in events]

@@ -204,13 +204,23 @@ def _value(node: Node, value: Any, prefix: str) -> Any:
         return None
     if node.is_section:
         return from_dict(node.kind, value, path + ".")
-    if node.kind is float and type(value) is int:
-        return float(value)
+    if node.kind is float and type(value) in (int, float):
+        return _finite(path, value)
     if get_origin(node.kind) is tuple and isinstance(value, list | tuple) and all(type(v) is int for v in value):
         return tuple(value)
     if type(value) is not node.kind:
         raise ConfigError(f"{path}={value!r} must be of type {type_name(node)}")
     return value
+
+
+def _finite(path: str, value: int | float) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f"{path}={value if type(value) is float else 'a huge number'} must be a finite number")
+    return number
 
 
 def nearest(name: str, names: Any, count: int = 3) -> list[str]:

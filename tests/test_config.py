@@ -536,3 +536,29 @@ def test_interrupt_is_130(capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "_main", interrupted)
     assert run_main(capsys)[0] == 130
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), float("inf"), -float("inf")])
+def test_saved_settings_hold_finite_numbers_only(value):
+    data = config.to_dict(presets.smoke())
+    data["optim"]["muon"]["lr"] = value
+    with pytest.raises(ConfigError, match=r"optim\.muon\.lr=.* must be a finite number"):
+        config.from_dict(config.RunConfig, data)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.plan.num_layers=1001", "model.dim=0", "model.dim=-512", "model.dim=1099511627776", "model.mlp.mult=1e308",
+     "model.mlp.hidden=99999999999", "model.embed.bigram.rows=99999999999", "model.attn.value_embed.dim=9999999"],
+)  # fmt: skip
+def test_a_model_that_nobody_can_mean_is_refused(override):
+    with pytest.raises(ConfigError, match=override.split("=")[0].rsplit(".", 1)[0]):
+        config.load([override], {"PRESET": "rat_rod_green"}, has_gpu=lambda: False)
+
+
+def test_messages_stay_readable_whatever_was_typed():
+    text = error(f"train.seed={'9' * 5000}x\x1b[2J\udcff", preset="smoke")
+    assert len(text) <= 500 and text.isprintable() and "must be a whole number" in text
+    assert r"\x1b[2J\udcff" in text and " characters] " in text and str(ConfigError(text)) == text
+    lines = error(*(f"nothing{i}=1" for i in range(90)), preset="smoke").split("\n")
+    assert lines[0].startswith("90 problems") and len(lines) == 40 and lines[-1] == "... and 52 lines more"

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pgolf.errors import NumericalError, PgolfError, SetupError
-from pgolf.result import LIMIT, REQUIRED, plot_curves, print_result, result_lines, write_result
+from pgolf.result import LIMIT, REQUIRED, _read_curves, plot_curves, print_result, result_lines, write_result
 
 RESULT = {
     "preset": "cpu", "seed": 1337, "world_size": 1, "device": "cpu", "parameters": 1234567, "steps": 400,
@@ -110,3 +110,13 @@ def test_the_limit_is_the_budgets():
 def test_importing_it_is_light():
     code = "import sys, pgolf.result, pgolf.log; print({'torch', 'matplotlib', 'rich'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_events_without_their_numbers_are_left_out(tmp_path):
+    lines = [json.dumps({"kind": "step", "step": 1, "train_loss": 2.0, "lr_scale": 1.0})]
+    good = dict(json.loads(lines[0]))
+    for change in ({"step": None}, {"train_loss": "abc"}, {"lr_scale": [1]}, {"kind": ["step"]}, {"step": 10**400}):
+        lines.append(json.dumps({**good, **change}))
+    lines += ["[" * 100_000, "7", '{"kind": "resume"}', '{"kind": "step"}']
+    (tmp_path / "events.jsonl").write_text("\n".join(lines))
+    assert _read_curves(tmp_path / "events.jsonl") == ([{"step": 1.0, "train_loss": 2.0, "lr_scale": 1.0}], [])

@@ -16,10 +16,10 @@ from types import ModuleType
 
 from pgolf.errors import ArtifactError, ConfigError, SetupError
 
-# Bytes that brotli's decoder is fed at a time: before 1.2 it cannot bound its output itself. 64 bytes hold a few
-# meta-blocks of 16 MiB, so a bomb allocates no more than that before it is caught (80 MiB measured on zeros).
-FEED = 64
-LZMA_WINDOW = 2**26  # preset 9's; a decoder with it reads every smaller one
+# Bytes that brotli's decoder is fed at a time: before 1.2 it cannot bound its output itself. 16 bytes hold a meta-block
+# or two of 16 MiB, so a bomb allocates no more than that before it is caught (31 MiB measured on zeros; 64 bytes: 64).
+FEED = 16
+LZMA_WINDOW = 2**26  # preset 9's
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Codec:
         except SetupError:
             raise
         except Exception as e:  # every codec has its own error classes
-            raise ArtifactError(f"damaged compressed data: {e}") from e
+            raise ArtifactError(f"damaged compressed data: {str(e)[:200]}") from e
         if len(out) > max_size:
             raise ArtifactError(f"compressed data holds more than the {max_size} bytes that its header states")
         return out
@@ -110,13 +110,16 @@ def _lzma_filters(level: int, window: int) -> list[dict]:
 
 
 def _lzma(data: bytes, level: int) -> bytes:
-    # the encoder allocates about 11 windows, so none larger than the data has use for
-    window = min(max(1 << len(data).bit_length(), 4096), LZMA_WINDOW)
-    return lzma.compress(data, lzma.FORMAT_RAW, filters=_lzma_filters(level, window))
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=_lzma_filters(level, _lzma_window(len(data))))
+
+
+def _lzma_window(size: int) -> int:
+    """None larger than `size` bytes have use for: the encoder allocates about 11 windows, the decoder one."""
+    return min(max(1 << size.bit_length(), 4096), LZMA_WINDOW)
 
 
 def _unlzma(data: bytes, max_size: int) -> bytes:
-    decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma_filters(9, LZMA_WINDOW))
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma_filters(9, _lzma_window(max_size)))
     return decoder.decompress(data, max_size + 1)
 
 

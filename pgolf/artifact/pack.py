@@ -31,8 +31,11 @@ from pgolf.quant.policy import Record
 MAGIC, VERSION = b"PGLF", 1
 HEAD = struct.Struct("<4sBBII32s")
 MAX_ELEMENTS = 2**28  # over all tensors and parts: four times what 16 MB can hold at 2 bits an element
+# What so few bytes can hold: a quarter of a bit an element (shape and parts count both), and a small model for nothing.
+# A forged artifact of 1 KB could else ask for gigabytes
+FREE_ELEMENTS, ELEMENTS_PER_BYTE = 2**22, 64
 MAX_DIMS = 8
-MAX_TABLE = 2**24  # bytes of raw table
+MAX_TABLE = 2**20  # bytes of raw table: 8,000 tensors; as Python objects JSON takes twenty times its size
 DTYPES = {"int8": np.dtype("i1"), "float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 
 
@@ -91,13 +94,16 @@ def pack(records: list[Record], meta: dict, codec: str = "brotli", level: int = 
         tensors.append([r.name, r.role, r.kind, list(r.shape), parts])
         for name, a in r.parts.items():
             groups.setdefault(_group(r.role, name, a.dtype), []).append(a)
-    _check_tensors(tensors)
+    elements = _check_tensors(tensors)
     streams = _compress(groups, coder, level)
     table = {"meta": meta, "streams": [[g, lay, len(s)] for g, (lay, s) in streams.items()], "tensors": tensors}
     raw = json.dumps(table, separators=(",", ":"), sort_keys=True, allow_nan=False).encode()
     packed = coder.compress(raw, level)
     body = packed + b"".join(s for _, s in streams.values())
+    if len(raw) > MAX_TABLE:
+        raise ArtifactError(f"artifact: {len(tensors)} tensors make a table of {len(raw)} bytes, over {MAX_TABLE}")
     head = (MAGIC, VERSION, coder.id, len(packed), len(raw))
+    _check_density(elements, HEAD.size + len(body))
     return HEAD.pack(*head, _digest(head, body)) + body
 
 
@@ -168,30 +174,31 @@ def _read(data: bytes) -> tuple[codecs.Codec, dict, int]:
     if raw > MAX_TABLE or packed > len(data) - HEAD.size:
         raise ArtifactError(f"artifact: a table of {packed} bytes ({raw} raw) cannot be in {len(data)} bytes")
     at = HEAD.size + packed
-    table = _parse(coder.decompress(data[HEAD.size : at], raw))
+    table = _parse(coder.decompress(data[HEAD.size : at], raw), len(data))
     if at + sum(size for _, _, size in table["streams"]) != len(data):
         raise ArtifactError("artifact: the sizes of its streams do not add up to its length; it is damaged")
     return coder, table, at
 
 
-def _parse(raw: bytes) -> dict:
-    """The table, with every type and size in it checked."""
+def _parse(raw: bytes, size: int) -> dict:
+    """The table of an artifact of `size` bytes, with every type and size in it checked."""
     try:
         table = json.loads(raw)
         ok = table.keys() == {"meta", "streams", "tensors"} and isinstance(table["meta"], dict)
         groups = [group for group, _, _ in table["streams"]]
         ok = ok and len(set(groups)) == len(groups) and all(isinstance(group, str) for group in groups)
         ok = ok and all(layout in LAYOUTS and _is_size(size) for _, layout, size in table["streams"])
-        _check_tensors(table["tensors"])
+        _check_density(_check_tensors(table["tensors"]), size)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise ArtifactError(f"artifact: its table cannot be read ({e!r}); it is damaged") from e
+        raise ArtifactError(f"artifact: its table cannot be read ({str(e)[:200]}); it is damaged") from e
     if not ok:
         raise ArtifactError("artifact: its table is not one of this format; it is damaged")
     return table
 
 
-def _check_tensors(tensors: list) -> None:
-    """Raises ArtifactError unless names are unique strings, dtypes known and sizes within `MAX_ELEMENTS`."""
+def _check_tensors(tensors: list) -> int:
+    """Number of elements. Raises ArtifactError unless names are unique strings, dtypes known and sizes within
+    `MAX_ELEMENTS`."""
     names, total = set(), 0
     for name, role, kind, shape, parts in tensors:
         shapes = [shape, *(s for _, s in parts.values())]
@@ -204,6 +211,16 @@ def _check_tensors(tensors: list) -> None:
         total += sum(math.prod(max(d, 1) for d in s) for s in shapes)
     if total > MAX_ELEMENTS:
         raise ArtifactError(f"artifact: {total} elements, the format ends at {MAX_ELEMENTS}")
+    return total
+
+
+def _check_density(elements: int, size: int) -> None:
+    most = FREE_ELEMENTS + ELEMENTS_PER_BYTE * size
+    if elements > most:
+        raise ArtifactError(
+            f"artifact: {elements:,} elements in {size:,} bytes, the format holds {most:,} in so few:"
+            " it is forged, or the weights are nearly all the same"
+        )
 
 
 def _is_shape(x: object) -> bool:

@@ -27,7 +27,7 @@ from pgolf.data.shards import sha256, write_shard, write_synced
 from pgolf.data.tokenizer import SPACE_MARK, sentencepiece
 from pgolf.errors import DataError, SetupError
 
-FORMAT_VERSION = 1  # of the corpus: raise it when documents, split or tokenizer settings change
+FORMAT_VERSION = 2  # of the corpus: raise it when documents, split or tokenizer settings change
 VAL_PARTS = 16  # one document in 16 is val: 5.4 % of the bytes with Python 3.11 (one in 20 would be 2.2 %)
 CHUNK_BYTES = 4000  # of tokenizer training text; SentencePiece drops sentences above 4192 bytes
 STALE_SECONDS = 86400  # age from which an abandoned build folder is removed
@@ -167,13 +167,24 @@ def _key(root: Path, files: list[Path], vocab_size: int) -> str:
 
 
 def _load(target: Path) -> CorpusPaths | None:
-    """The corpus at `target` if it is there and every file has its SHA-256 (about 15 ms); None otherwise."""
+    """The corpus at `target` if every file of it has its SHA-256, the manifest too (about 15 ms); None otherwise."""
     try:
-        manifest = json.loads((target / MANIFEST).read_text())
-        intact = all(sha256(target / n) == h for n, h in manifest["sha256"].items())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        manifest = json.loads((target / MANIFEST).read_bytes())
+        intact = manifest["self"] == _digest(manifest) and manifest["sha256"] == _hashes(target)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
     return CorpusPaths(target, target / TOKENIZER, manifest) if intact else None
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """{name: SHA-256} of the files of a corpus. These names and no others: a damaged manifest could name any file."""
+    return {name: sha256(folder / name) for name in (*SHARDS.values(), TOKENIZER)}
+
+
+def _digest(manifest: dict) -> str:
+    """SHA-256 of what the manifest says, which it keeps under "self"."""
+    facts = {key: value for key, value in manifest.items() if key != "self"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _build(root: Path, files: list[Path], target: Path, vocab_size: int, progress: Callable) -> CorpusPaths:
@@ -241,8 +252,9 @@ def _write_corpus(folder: Path, root: Path, files: list[Path], vocab_size: int, 
         "sentencepiece": sentencepiece().__version__,
         "vocab_size": vocab_size,
         "splits": counts,
-        "sha256": {n: sha256(folder / n) for n in (*SHARDS.values(), TOKENIZER)},
+        "sha256": _hashes(folder),
     }
+    manifest["self"] = _digest(manifest)
     write_synced(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
 

@@ -16,12 +16,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from pgolf.data.shards import check_shard, sha256
+from pgolf.data.shards import check_shard, foreign_kind, sha256
 from pgolf.errors import DataError, PgolfError, SetupError
 
 REPO_ID, PREFIX = "willdepueoai/parameter-golf", "datasets"
+MAX_SHARDS = 10_000  # of a split that a manifest may name: 2 TB
 
 
 def main(argv: list[str] | None = None, hub=None) -> int:
@@ -63,7 +64,7 @@ def fetch(args: argparse.Namespace, hub, say: Callable[[str], None]) -> tuple[Pa
         _get(hub, listing, args.out, source)
     elif not (args.out / listing).is_file():
         raise DataError(f"--offline, but {args.out / listing} is not there\nfix: run once without --offline")
-    paths = wanted(json.loads((args.out / listing).read_text()), args.variant, args.train_shards, args.prefix)
+    paths = wanted(read_listing(args.out / listing), args.variant, args.train_shards, args.prefix)
     known = {} if args.offline else _infos(hub, paths, source)
     missing = [p for p in paths if not _is_whole(args.out / p, known.get(p))]
     if missing and args.offline:
@@ -84,24 +85,58 @@ def fetch(args: argparse.Namespace, hub, say: Callable[[str], None]) -> tuple[Pa
     return shards, tokenizer
 
 
+def read_listing(path: Path) -> dict:
+    """The repository's manifest.json. Raises DataError when it cannot be read or is no JSON object."""
+    try:
+        raw = path.read_bytes()
+        listing = json.loads(raw)
+    except OSError as err:
+        raise DataError(f"{path} cannot be read: {err.strerror}") from err
+    except (ValueError, RecursionError) as err:
+        kind = foreign_kind(raw[:64]) or "something else (cut off?)"
+        raise DataError(f"{path} is no JSON: it looks like {kind}\nfix: delete it and repeat the command") from err
+    if not isinstance(listing, dict):
+        raise DataError(f"{path} holds no JSON object\nfix: delete it and repeat the command")
+    return listing
+
+
 def wanted(manifest: dict, variant: str, train_shards: int, prefix: str) -> list[str]:
     """Paths in the repository: all val shards, the first train shards, and last the tokenizer. Raises DataError."""
+    try:
+        return _wanted(manifest, variant, train_shards, prefix)
+    except (KeyError, TypeError, AttributeError, ValueError) as err:
+        raise DataError(
+            f"the repository's manifest.json is not of the form that pgolf knows ({type(err).__name__}: {err})\n"
+            "fix: --revision of a version that is, or another --repo-id"
+        ) from err
+
+
+def _wanted(manifest: dict, variant: str, train_shards: int, prefix: str) -> list[str]:
     name, datasets = f"fineweb10B_{variant}", {d["name"]: d for d in manifest.get("datasets", [])}
     if name not in datasets:
         have = ", ".join(sorted(n.removeprefix("fineweb10B_") for n in datasets)) or "none"
         raise DataError(
             f"variant {variant} is not hosted; expected one of: {have}\nfix: choose one, or tokenise your own"
         )
-    stats = datasets[name]["stats"]
-    if not 0 <= train_shards <= stats["files_train"]:
-        raise DataError(f"--train-shards {train_shards}: {variant} has 0..{stats['files_train']} train shards")
+    n_train, n_val = (_count(datasets[name]["stats"], key) for key in ("files_train", "files_val"))
+    if not 0 <= train_shards <= n_train:
+        raise DataError(f"--train-shards {train_shards}: {variant} has 0..{n_train} train shards")
     tokenizers = {t["name"]: t for t in manifest.get("tokenizers", [])}
     model = tokenizers.get(datasets[name]["tokenizer_name"], {}).get("model_path")
     if not model:
         raise DataError(f"variant {variant} has no SentencePiece model in the manifest; pgolf needs one to count bytes")
-    counts = (("val", stats["files_val"]), ("train", train_shards))
+    parts = PurePosixPath(model).parts
+    if str(PurePosixPath(model)) != model or parts[0] == "/" or ".." in parts or not model.isprintable():
+        raise ValueError(f"model_path {model!r} is no path inside the repository")
+    counts = (("val", n_val), ("train", train_shards))
     files = [f"datasets/{name}/fineweb_{split}_{i:06d}.bin" for split, n in counts for i in range(n)]
     return [f"{prefix}/{p}" for p in (*files, model)]
+
+
+def _count(stats: dict, key: str) -> int:
+    if type(stats[key]) is not int or not 0 <= stats[key] <= MAX_SHARDS:
+        raise ValueError(f"{key} is {stats[key]!r}, expected a count up to {MAX_SHARDS:,}")
+    return stats[key]
 
 
 def _get(hub, path: str, out: Path, source: dict) -> None:

@@ -8,8 +8,10 @@ The format is the one of the challenge and of modded-nanogpt.
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +88,10 @@ def check_shard(path: str | Path, vocab_size: int | None = None) -> int:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
+            raise OSError(errno.EINVAL, "it is no regular file")
+        size = status.st_size
         with path.open("rb") as file:
             raw = file.read(HEADER_BYTES)
     except OSError as err:

@@ -40,7 +40,7 @@ def load_tokenizer(path: str | Path, vocab_size: int):
     proto = path.read_bytes()
     try:
         processor = spm.SentencePieceProcessor(model_proto=proto)
-        pieces = processor.vocab_size()
+        pieces = len(piece_bytes(processor))  # reads every piece: a damaged one is no UTF-8, or a byte without number
     except Exception as err:  # sentencepiece raises RuntimeError or TypeError, by version
         kind = foreign_kind(proto[:64]) or "something else (truncated?)"
         raise DataError(

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 ACTIVATION_NAMES = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu", "star_relu", "star_relu_glu")
+# Far above anything useful: a slip of the finger must not ask for a model that takes hours to describe
+MAX_LAYERS, MAX_WIDTH, MAX_ROWS, MAX_MULT = 1000, 2**16, 2**24, 256
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,10 @@ class BigramConfig:
 
     def problems(self) -> list[str]:
         out = []
-        if self.rows < 2:
-            out.append(f"rows={self.rows} must be at least 2")
-        if self.dim < 1:
-            out.append(f"dim={self.dim} must be at least 1")
+        if not 2 <= self.rows <= MAX_ROWS:
+            out.append(f"rows={self.rows} must be in 2..{MAX_ROWS}")
+        if not 1 <= self.dim <= MAX_WIDTH:
+            out.append(f"dim={self.dim} must be in 1..{MAX_WIDTH}")
         if self.hash not in ("xor", "mul1009"):
             out.append(f"hash={self.hash!r} must be xor or mul1009")
         if self.trigram and self.hash != "xor":
@@ -43,7 +45,8 @@ class TrigramConfig:
     scale_init: float = 0.02  # start of the learned scale
 
     def problems(self) -> list[str]:
-        return [] if self.rows >= 2 and self.dim >= 1 else [f"rows={self.rows}, dim={self.dim}: rows >= 2, dim >= 1"]
+        ok = 2 <= self.rows <= MAX_ROWS and 1 <= self.dim <= MAX_WIDTH
+        return [] if ok else [f"rows={self.rows} must be in 2..{MAX_ROWS}, dim={self.dim} in 1..{MAX_WIDTH}"]
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,8 @@ class PlanConfig:
 
     def problems(self) -> list[str]:
         out = []
-        if self.num_layers < 1:
-            out.append(f"num_layers={self.num_layers} must be at least 1")
+        if not 1 <= self.num_layers <= MAX_LAYERS:
+            out.append(f"num_layers={self.num_layers} must be in 1..{MAX_LAYERS}")
         if self.encoder_layers > self.num_layers:
             out.append(f"encoder_layers={self.encoder_layers} must be at most num_layers={self.num_layers}")
         return out
@@ -120,7 +123,7 @@ class ValueEmbedConfig:
     layers: tuple[int, ...] = (9, 10)  # which layers add it, from 0
 
     def problems(self) -> list[str]:
-        out = [] if self.dim >= 1 else [f"dim={self.dim} must be at least 1"]
+        out = [] if 1 <= self.dim <= MAX_WIDTH else [f"dim={self.dim} must be in 1..{MAX_WIDTH}"]
         if not self.layers or min(self.layers) < 0:
             out.append(f"layers={self.layers} must name at least one layer, counted from 0")
         return out
@@ -178,8 +181,9 @@ class MlpConfig:
         out = []
         if self.activation not in ACTIVATION_NAMES:
             out.append(f"activation={self.activation!r} must be one of {', '.join(ACTIVATION_NAMES)}")
-        if self.mult <= 0 or self.hidden < 0:
-            out.append(f"mult={self.mult} must be positive and hidden={self.hidden} not negative")
+        if not 0 < self.mult <= MAX_MULT or not 0 <= self.hidden <= MAX_MULT * MAX_WIDTH:
+            most = MAX_MULT * MAX_WIDTH
+            out.append(f"mult={self.mult} must be positive, at most {MAX_MULT}; hidden={self.hidden} in 0..{most}")
         return out
 
 
@@ -238,6 +242,8 @@ class ModelConfig:
         out = []
         if self.attn.num_heads < 1:
             return out  # attn says so, and nothing below can be computed
+        if not 2 <= self.dim <= MAX_WIDTH:
+            out.append(f"dim={self.dim} must be in 2..{MAX_WIDTH}")
         if self.dim % self.attn.num_heads or self.head_dim % 2:
             out.append(f"dim={self.dim} must be an even multiple of attn.num_heads={self.attn.num_heads}")
         if self.attn.rope.dims > self.head_dim:

@@ -270,3 +270,18 @@ def test_foreign_files_are_named_as_such(data):
 def test_other_versions_are_named_as_such():
     with pytest.raises(ArtifactError, match="version 9"):
         unpack(resealed(ARTIFACT[:4] + b"\x09" + ARTIFACT[5:]))
+
+
+def test_messages_do_not_quote_a_whole_table():
+    with pytest.raises(ArtifactError) as caught:
+        unpack(forged(lambda t: b"\xff" * 100_000))
+    assert len(str(caught.value)) < 300
+
+
+def test_more_elements_than_so_few_bytes_can_hold():
+    """The writer refuses what the reader would: 8 million zeros pack into a few bytes."""
+    zeros = np.zeros((2**11, 2**12), np.int8)
+    with pytest.raises(ArtifactError, match=r"16,777,216 elements in .* the format holds"):
+        pack([Record("x", "matrix", "int6", zeros.shape, {"q": zeros})], {}, "zlib", 1)
+    few = zeros[: 2**8]
+    assert unpack(pack([Record("x", "matrix", "int6", few.shape, {"q": few})], {}, "zlib", 1))[0][0].shape == few.shape

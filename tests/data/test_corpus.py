@@ -200,3 +200,27 @@ def test_no_sources(tmp_path):
 
 def test_manifest_on_disk_is_what_is_returned(corpus):
     assert json.loads((corpus.data_dir / "manifest.json").read_text()) == corpus.manifest
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: m.update(sha256={}),  # names no file, so none fails
+        lambda m: m["sha256"].update({"../x": "0"}),
+        lambda m: m["splits"]["val"].update(bytes=1),
+        lambda m: m.update(vocab_size=1024),
+        lambda m: m.pop("self"),
+    ],
+)
+def test_an_edited_manifest_is_noticed(small_root, tmp_path, edit):
+    whole = build_or_load(tmp_path, VOCAB, root=small_root)
+    manifest = json.loads((whole.data_dir / "manifest.json").read_text())
+    edit(manifest)
+    (whole.data_dir / "manifest.json").write_text(json.dumps(manifest))
+    assert corpus_module._load(whole.data_dir) is None
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[1]", b'{"self": 1}', b"\xff", b"1" * 5000])
+def test_a_manifest_that_is_something_else_is_noticed(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    assert corpus_module._load(tmp_path) is None

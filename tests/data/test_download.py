@@ -9,6 +9,7 @@ import pytest
 
 from pgolf.data import download
 from pgolf.data.shards import sha256, write_shard
+from pgolf.errors import DataError
 
 DATASET = "datasets/datasets/fineweb10B_sp1024"
 MANIFEST = {
@@ -131,3 +132,30 @@ def test_without_the_hub_package(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     assert download.main(["sp1024", "--out", str(tmp_path)]) == 3
     assert "pip install huggingface_hub" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content,words",
+    [(b"<!DOCTYPE html>", "HTML"), (b"", "empty"), (b"[" * 100_000, "no JSON"), (b"[1]", "no JSON object"),
+     (b"\xff\xfe", "no JSON")],
+)  # fmt: skip
+def test_a_listing_that_is_something_else(tmp_path, content, words):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        download.read_listing(tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize("path", ["../../.ssh/key", "/etc/passwd", "a//b", "a\nb", 7, ["x"]])
+def test_a_listing_may_not_name_files_outside(path):
+    listing = json.loads(json.dumps(MANIFEST))
+    listing["tokenizers"][0]["model_path"] = path
+    with pytest.raises(DataError, match="not of the form"):
+        download.wanted(listing, "sp1024", 1, "datasets")
+
+
+@pytest.mark.parametrize("count", [10**12, -1, 2.5, True, None, "3"])
+def test_a_listing_may_not_name_a_trillion_files(count):
+    listing = json.loads(json.dumps(MANIFEST))
+    listing["datasets"][0]["stats"]["files_val"] = count
+    with pytest.raises(DataError, match="not of the form"):
+        download.wanted(listing, "sp1024", 1, "datasets")

@@ -1,5 +1,6 @@
 """Shards: the format byte by byte, and every kind of bad input."""
 
+import os
 import struct
 
 import numpy as np
@@ -152,3 +153,9 @@ def test_check_split_needs_a_target(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, example B.1
     assert shards.sha256(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_pipe_under_a_shards_name_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fineweb_train_000000.bin")
+    with pytest.raises(DataError, match="no regular file"):
+        shards.check_split(tmp_path, "train", 10)

@@ -193,3 +193,13 @@ def test_missing_sentencepiece_says_the_pip_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
     with pytest.raises(SetupError, match="pip install sentencepiece"):
         tok.sentencepiece()
+
+
+@pytest.mark.parametrize("old,new", [(b"<0x41>", b"<0xZZ>"), (b"<0x41>", b"<0x4\xff>")])
+def test_damaged_piece_is_a_clear_error(corpus, tmp_path, old, new):
+    """sentencepiece itself loads these, and fails when the piece is asked for."""
+    data = corpus.tokenizer_path.read_bytes()
+    assert data.count(old) == 1
+    (tmp_path / "t.model").write_bytes(data.replace(old, new))
+    with pytest.raises(DataError, match="no SentencePiece model"):
+        tok.load_tokenizer(tmp_path / "t.model", 1024)
