@@ -13,12 +13,14 @@ from typing import Any
 import pgolf
 from pgolf import aliases, config, errors, tree
 from pgolf.config import NODES, RunConfig
-from pgolf.errors import ConfigError, PgolfError
+from pgolf.errors import ConfigError, PgolfError, Stopped
 from pgolf.presets import PRESETS, one_liner
+from pgolf.signals import CODES
 
 FLAGS = {
     "--help": "this text",
     "--describe": "print the configuration, the layer plan and the parameter count as one JSON object; train nothing",
+    "--no-compile": "run without torch.compile, as train.compile=off does",
     "--debug": "show tracebacks",
     "--version": "print the version",
 }
@@ -50,9 +52,9 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     except PgolfError as err:
         if "--debug" in argv:
             traceback.print_exc()
-        # every rank finds the same fault in the settings: one of them says so
-        if not isinstance(err, ConfigError) or environ.get("RANK", "0") in ("", "0"):
-            print(f"error: {err}", file=sys.stderr)
+        # every rank finds the same fault in the settings, and stops for the same signal: one of them says so
+        if not isinstance(err, ConfigError | Stopped) or environ.get("RANK", "0") in ("", "0"):
+            print(f"{'stopped' if isinstance(err, Stopped) else 'error'}: {err}", file=sys.stderr)
         return err.exit_code
     except BrokenPipeError:  # `--help | head`: the reader has what it wanted; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -75,7 +77,8 @@ def _main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     for flag in flags:
         if flag not in FLAGS:
             raise ConfigError(_unknown_flag(flag))
-    settings = config.load([a for a in argv if a not in flags], environ)
+    overrides = [a for a in argv if a not in flags] + ["train.compile=off"] * ("--no-compile" in flags)
+    settings = config.load(overrides, environ)
     if "--describe" in flags:
         print(json.dumps(config.describe(settings, model_facts), indent=2))
         return 0
@@ -145,5 +148,6 @@ def exit_codes() -> dict[int, str]:
     """Every exit code and what it means."""
     classes = [PgolfError, *PgolfError.__subclasses__()]
     known = {c.exit_code: f"{c.__name__}: {(c.__doc__ or '').splitlines()[0]}" for c in classes if c is not PgolfError}
-    ended = {INTERRUPTED: "interrupted (Ctrl-C)", CUT_OFF: "what read the output stopped reading, as head does"}
+    ended = {code: f"{name} (see docs/errors.md)" for name, code in CODES.items() if code != Stopped.exit_code}
+    ended |= {INTERRUPTED: "interrupted (Ctrl-C)", CUT_OFF: "what read the output stopped reading, as head does"}
     return {0: "success", errors.PgolfError.exit_code: "any other error", **known, **ended}

@@ -20,7 +20,10 @@ LAYERS = [
     {"train"},
     {"cli", "lab"},
 ]
-LEAVES = {"data", "dist", "log", "errors", "result", "runtime", "tree"}
+LEAVES = {
+    "data", "dist", "log", "errors", "result", "runtime", "tree",
+    "signals", "heartbeat", "limits", "faults", "recompiles",
+}  # fmt: skip
 READS_ENVIRON = {"pgolf/config.py", "pgolf/dist.py", "pgolf/cli.py"}
 # name: reason. Everything else keeps the caps.
 LONG_FILES: dict[str, str] = {}
