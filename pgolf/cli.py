@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -55,6 +56,10 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         # every rank finds the same fault in the settings, and stops for the same signal: one of them says so
         if not isinstance(err, ConfigError | Stopped) or environ.get("RANK", "0") in ("", "0"):
             print(f"{'stopped' if isinstance(err, Stopped) else 'error'}: {err}", file=sys.stderr)
+        elif isinstance(err, ConfigError):
+            time.sleep(
+                1.5
+            )  # torchrun ends the others when the first ends, which should not be before rank 0 has spoken
         return err.exit_code
     except BrokenPipeError:  # `--help | head`: the reader has what it wanted; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

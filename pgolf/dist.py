@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -285,7 +286,9 @@ class Dist:
 
     def _why(self, what: str, err: RuntimeError) -> str:
         """Why a collective failed: which rank does not answer, unless one has said why itself."""
-        text = f"rank {self.rank} of {self.world_size}: {what} failed: {str(err).splitlines()[0]}"
+        # gloo's text without its source file in front and its advice behind
+        reason = re.sub(r"^\[[^]]*\] *|\. This is .*", "", (str(err).splitlines() or [type(err).__name__])[0])
+        text = f"rank {self.rank} of {self.world_size}: {what} failed: {reason}"
         if self.heartbeat is None:
             return f"{text}\nAnother rank has probably stopped; look for its message above, it names the cause."
         return text if self.heartbeat.failed() else f"{text}\n{self.heartbeat.late()}"

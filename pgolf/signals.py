@@ -28,9 +28,13 @@ _before: dict = {}  # signal -> handler, of the catching that is under way
 
 
 class Stop:
-    """What signals have asked for: `code` is the largest exit code of those that came, 0 = none."""
+    """What signals have asked for: `code` is the largest exit code of those that came, 0 = none.
+
+    leaving: the process is about to end, with a code of its own that no further signal should replace.
+    """
 
     code = 0
+    leaving = False
 
 
 def check(code: int, where: str) -> None:
@@ -41,7 +45,8 @@ def check(code: int, where: str) -> None:
 
 @contextmanager
 def catching(speak: bool = True) -> Iterator[Stop]:
-    """Catches the signals of CODES; afterwards their handlers are what they were. speak: whether to say so on stderr.
+    """Catches the signals of CODES. Afterwards their handlers are what they were, or with `stop.leaving` they are ignored.
+    speak: whether to answer a SIGINT on stderr.
 
     A second SIGINT ends the process at once with code 130. A signal that is ignored stays ignored (nohup). In a thread
     other than the main one, where Python allows no handlers, nothing is caught.
@@ -61,6 +66,8 @@ def catching(speak: bool = True) -> Iterator[Stop]:
         yield stop
     finally:
         _restore(fd)
+        for number in known if stop.leaving else ():
+            signal.signal(number, signal.SIG_IGN)
         write.send(b"\0")
         listener.join()
         read.close()
@@ -90,10 +97,9 @@ def _listen(read: socket.socket, stop: Stop, speak: bool) -> None:
         interrupts += code == CODES["SIGINT"]
         if interrupts > 1:
             os._exit(CODES["SIGINT"])  # files are written under other names and renamed: none is half done
-        if speak and not stop.code:
-            again = "; Ctrl-C again exits at once and saves nothing" if interrupts else ""
+        if speak and interrupts:
             with suppress(OSError):
-                os.write(2, f"{NAMES[code]}: stopping at the next safe point{again}\n".encode())
+                os.write(2, b"stopping at the next safe point; Ctrl-C again exits at once and saves nothing\n")
         stop.code = max(stop.code, code)
 
 

@@ -304,35 +304,37 @@ def run(settings: Settings) -> dict:
     """Trains, exports, reloads and scores one run; returns what is written to result.json."""
     began = time.monotonic()
     dist = start(settings.config.train.device)
-    try:
-        run_dir = make_run_dir(settings, dist)
-        with RunLog(run_dir, dist.rank) as log:
-            facts = _watched(settings, run_dir, dist, log, began)
-    except Stopped:
-        dist.close()
-        raise
-    except Exception as err:
-        shown = dist.blame(err)
-        dist.abandon()
-        if shown is err:
-            raise
-        raise shown from err
+    with signals.catching(speak=dist.is_main) as stop:
+        try:
+            run_dir = make_run_dir(settings, dist)
+            with RunLog(run_dir, dist.rank) as log:
+                facts = _explained(settings, run_dir, dist, log, stop, began)
+        except Exception as err:
+            # torchrun ends all when the first one ends, and its signal finds the others on their way out
+            stop.leaving = dist.world_size > 1
+            if isinstance(err, Stopped):
+                dist.close()
+                raise
+            shown = dist.blame(err)
+            dist.abandon()
+            if shown is err:
+                raise
+            raise shown from err
     dist.close()
     return facts
 
 
-def _watched(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: float) -> dict:
-    """The run, with its signals caught and its errors explained and logged."""
+def _explained(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, stop: Stop, began: float) -> dict:
+    """The run, with its errors explained and logged."""
     cfg, ledger = settings.config, TimeLedger()
-    with signals.catching(speak=dist.is_main) as stop:
-        try:
-            return _run(settings, run_dir, dist, log, ledger, stop, began)
-        except Exception as err:
-            told = faults.explain(err, ledger.failed_in, cfg, dist.device)
-            log.event("error", error=type(told).__name__, message=str(told), phase=ledger.failed_in)
-            if told is err:
-                raise
-            raise told from err
+    try:
+        return _run(settings, run_dir, dist, log, ledger, stop, began)
+    except Exception as err:
+        told = faults.explain(err, ledger.failed_in, cfg, dist.device)
+        log.event("error", error=type(told).__name__, message=str(told), phase=ledger.failed_in)
+        if told is err:
+            raise
+        raise told from err
 
 
 def _run(
@@ -344,9 +346,9 @@ def _run(
     for note in settings.notes:
         log.line(f"note: {note}")
     log.line(f"run: {run_dir}  preset:{cfg.preset} seed:{cfg.train.seed} config digest:{config.digest(cfg)[:16]}")
-    dist.report(lambda: (ledger.current, 0), log.line)
+    dist.report(lambda: (ledger.current or "start", 0), log.line)
     trainer = Trainer(cfg, dist, log, ledger, stop)
-    dist.report(lambda: (ledger.current, trainer.step_number), log.line)
+    dist.report(lambda: (ledger.current or "start", trainer.step_number), log.line)
     trainer.safe_point("before warm-up")
     for line in [*trainer.runtime.lines(), *trainer.data.lines]:
         log.line(line)
