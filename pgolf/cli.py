@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -13,13 +14,15 @@ from typing import Any
 import pgolf
 from pgolf import aliases, config, errors, tree
 from pgolf.config import NODES, RunConfig
-from pgolf.errors import ConfigError, PgolfError
+from pgolf.errors import ConfigError, PgolfError, Stopped
 from pgolf.presets import PRESETS, one_liner
+from pgolf.signals import CODES
 
 FLAGS = {
     "--help": "this text",
     "--describe": "print the configuration, the layer plan and the parameter count as one JSON object; train nothing",
     "--dry-run": "print parameters, memory and what a step sends between 1, 8, 64 and 1,024 ranks; train nothing",
+    "--no-compile": "run without torch.compile, as train.compile=off does",
     "--debug": "show tracebacks",
     "--allow-change": "KEY: resume although this setting or section was another when the run was saved; repeatable",
     "--version": "print the version",
@@ -60,8 +63,13 @@ def main(
     except PgolfError as err:
         if "--debug" in argv:
             traceback.print_exc()
+        # what all ranks find, a fault in the settings or a signal, one of them says
         if not err.on_all_ranks or environ.get("RANK", "0") in ("", "0"):
-            print(f"error: {err}", file=sys.stderr)
+            print(f"{'stopped' if isinstance(err, Stopped) else 'error'}: {err}", file=sys.stderr)
+        elif isinstance(err, ConfigError):
+            time.sleep(
+                1.5
+            )  # torchrun ends the others when the first ends, which should not be before rank 0 has spoken
         return err.exit_code
     except BrokenPipeError:  # `--help | head`: the reader has what it wanted; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,7 +93,8 @@ def _main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     for flag in flags:
         if flag not in FLAGS:
             raise ConfigError(_unknown_flag(flag))
-    settings = config.load([a for a in argv if a not in flags], environ)
+    overrides = [a for a in argv if a not in flags] + ["train.compile=off"] * ("--no-compile" in flags)
+    settings = config.load(overrides, environ)
     settings = replace(settings, allow_change=known_settings(allow_change))
     if "--describe" in flags:
         print(json.dumps(config.describe(settings, model_facts), indent=2))
@@ -183,5 +192,6 @@ def exit_codes() -> dict[int, str]:
     """Every exit code and what it means."""
     classes = [PgolfError, *PgolfError.__subclasses__()]
     known = {c.exit_code: f"{c.__name__}: {(c.__doc__ or '').splitlines()[0]}" for c in classes if c is not PgolfError}
-    ended = {INTERRUPTED: "interrupted (Ctrl-C)", CUT_OFF: "what read the output stopped reading, as head does"}
+    ended = {code: f"{name} (see docs/errors.md)" for name, code in CODES.items() if code != Stopped.exit_code}
+    ended |= {INTERRUPTED: "interrupted (Ctrl-C)", CUT_OFF: "what read the output stopped reading, as head does"}
     return {0: "success", errors.PgolfError.exit_code: "any other error", **known, **ended}

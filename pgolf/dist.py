@@ -9,10 +9,13 @@ scripts each rank scaled its learning rate by its own clock, and replicas drifte
 
 from __future__ import annotations
 
+import math
 import os
+import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -22,9 +25,15 @@ import torch.distributed as tdist
 from torch import Tensor
 
 from pgolf.errors import DistributedError, PgolfError, SetupError
+from pgolf.heartbeat import Heartbeat
 
-# Ranks meet after compiling, which takes 3 to 7 minutes and not equally long everywhere.
-TIMEOUT = timedelta(minutes=15)
+# Seconds. Ranks meet after compiling, which takes 3 to 7 minutes and not equally long everywhere; they also wait for
+# rank 0 while it packs. Steps of training have a shorter limit of their own.
+PATIENCE = 900.0
+# NCCL ends the process from within, without a word of ours; so gloo, over which ranks meet each step, gives up first
+NCCL_EXTRA = 60.0
+# Seconds by which the others end after the first rank that fails: torchrun takes who ends first for the cause
+FOLLOW_AFTER = 1.5
 
 
 @dataclass(frozen=True)
@@ -88,13 +97,27 @@ def start(device: str = "auto") -> Dist:
     if me.world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if me.device.type == "cuda" else "gloo"
         try:
-            tdist.init_process_group(backend, rank=me.rank, world_size=me.world_size, timeout=TIMEOUT)
+            limit = timedelta(seconds=PATIENCE)
+            tdist.init_process_group(backend, rank=me.rank, world_size=me.world_size, timeout=limit)
+            heartbeat = _heartbeat(me)
         except (ValueError, RuntimeError) as err:
             raise DistributedError(
                 f"rank {me.rank} of {me.world_size} could not join the others: {str(err).splitlines()[0]}\n"
                 "Start with: torchrun --standalone --nproc_per_node=N train_gpt.py"
             ) from err
+        dist = Dist(me, heartbeat)
+        dist.barrier()  # now every rank has given a sign of life
+        heartbeat.start()
+        return dist
     return Dist(me)
+
+
+def _heartbeat(me: Rank) -> Heartbeat:
+    """Through a connection of its own: one that the process group shares may be blocked by what the group waits for."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = tdist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a restarted job finds its predecessor's keys there
+    return Heartbeat(tdist.PrefixStore(f"pgolf/{attempt}", store), me.rank, me.world_size)
 
 
 class Dist:
@@ -103,8 +126,9 @@ class Dist:
     A collective that fails raises DistributedError: as a rule another rank has stopped and has said why.
     """
 
-    def __init__(self, me: Rank | None = None):
+    def __init__(self, me: Rank | None = None, heartbeat: Heartbeat | None = None):
         self.me = me or Rank()
+        self.heartbeat, self._patience = heartbeat, PATIENCE
         self.rank, self.world_size, self.device = self.me.rank, self.me.world_size, self.me.device
 
     @property
@@ -194,13 +218,17 @@ class Dist:
         return box
 
     def broadcast_float(self, value: float) -> float:
-        """Rank 0's number on every rank, bit for bit; one small CPU message, cheap enough for every step."""
+        """Rank 0's number on every rank, bit for bit; it may not be NaN."""
+        return self.first_and_max(value, 0)[0]
+
+    def first_and_max(self, value: float, code: int) -> tuple[float, int]:
+        """Rank 0's `value`, bit for bit, and the largest `code` of all ranks; one small CPU message."""
         if self.world_size == 1:
-            return value
-        box = torch.tensor([value], dtype=torch.float64)
-        with self._collective("broadcast of a number"):
-            tdist.broadcast(box, 0)
-        return box.item()
+            return value, code
+        box = torch.tensor([value if self.is_main else -math.inf, code], dtype=torch.float64)
+        with self._collective("the ranks' meeting"):
+            tdist.all_reduce(box, tdist.ReduceOp.MAX)
+        return box[0].item(), int(box[1].item())
 
     def max_int(self, value: int) -> int:
         """Largest `value` over the ranks, as for stop flags; travels on the CPU."""
@@ -220,22 +248,89 @@ class Dist:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Inside, a collective that some rank does not join within `seconds` fails. `PATIENCE` outside."""
+        before = self._patience
+        self._limit_waits(seconds)
+        try:
+            yield
+        finally:
+            self._limit_waits(before)
+
+    def patient(self) -> AbstractContextManager:
+        """Inside, ranks may wait long for each other: where one works alone, or compiles."""
+        return self.within(PATIENCE)
+
+    def _limit_waits(self, seconds: float) -> None:
+        self._patience = seconds
+        if self.world_size > 1 and tdist.is_initialized():
+            for kind in {"cpu", self.device.type}:
+                extra = 0.0 if kind == "cpu" else NCCL_EXTRA
+                backend = tdist.group.WORLD._get_backend(torch.device(kind))
+                backend._set_default_timeout(timedelta(seconds=seconds + extra))
+
+    def report(self, where: Callable[[], tuple[str, int]], say: Callable[[str], None]) -> None:
+        """where(): phase and steps taken, for the sign of life; say(text): where rank 0 tells who is late."""
+        if self.heartbeat:
+            self.heartbeat.where = where
+            if self.is_main:
+                self.heartbeat.say = say
+
+    def blame(self, err: Exception) -> Exception:
+        """Tells the other ranks of `err`. Returns what this rank should raise: `err` if it was the first to fail, else
+        one line that names the first. Settings that are wrong are so on all ranks, and rank 0 says it (`pgolf.cli`)."""
+        if self.heartbeat is None:
+            return err
+        what = f"{type(err).__name__}: {(str(err).splitlines() or [''])[0]}"
+        first = self.heartbeat.claim(what)
+        if getattr(err, "on_all_ranks", False) or first == f"rank {self.rank}: {what}":
+            return err
+        time.sleep(FOLLOW_AFTER)
+        line = DistributedError(f"rank {self.rank} stopped; the first to fail was {first}")
+        if isinstance(err, PgolfError):
+            line.exit_code = err.exit_code
+        return line
+
     def close(self) -> None:
         """Leaves the process group. Safe to call twice."""
+        if self.heartbeat:
+            self.heartbeat.close()
         if self.world_size > 1 and tdist.is_initialized():
             tdist.destroy_process_group()
 
+    def abandon(self) -> None:
+        """Leaves without the others, after a failure. What still hangs half a minute later is killed with the process:
+        a GPU's queue may hold a collective that will never end."""
+        if self.world_size > 1:
+            if hasattr(signal, "alarm"):
+                signal.alarm(30)
+            if self.device.type == "cuda" and tdist.is_initialized():
+                with suppress(Exception):  # the failure that led here is the one to report
+                    tdist.distributed_c10d._abort_process_group()
+        self.close()
+
     @contextmanager
     def _collective(self, what: str) -> Iterator[None]:
+        if self.heartbeat:
+            self.heartbeat.waiting(what)
         try:
             yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as err:
-            raise DistributedError(
-                f"rank {self.rank} of {self.world_size}: {what} failed: {str(err).splitlines()[0]}\n"
-                "Another rank has probably stopped; look for its message above, it names the cause."
-            ) from err
+            raise DistributedError(self._why(what, err)) from err
+        if self.heartbeat:  # not after a failure: to the others this rank was not late
+            self.heartbeat.waiting("")
+
+    def _why(self, what: str, err: RuntimeError) -> str:
+        """Why a collective failed: which rank does not answer, unless one has said why itself."""
+        # gloo's text without its source file in front and its advice behind
+        reason = re.sub(r"^\[[^]]*\] *|\. This is .*", "", (str(err).splitlines() or [type(err).__name__])[0])
+        text = f"rank {self.rank} of {self.world_size}: {what} failed: {reason}"
+        if self.heartbeat is None:
+            return f"{text}\nAnother rank has probably stopped; look for its message above, it names the cause."
+        return text if self.heartbeat.failed() else f"{text}\n{self.heartbeat.late()}"
 
 
 class Pending:
@@ -265,6 +360,8 @@ class Clock:
         self._done_ms = 0.0  # of the stretches that have ended
         self._since: float | None = None  # start of the running stretch; None while paused
         self.elapsed_ms = 0.0  # at the last tick
+        self.last_ms = 0.0  # between the last two ticks
+        self.stop_code = 0  # at the last tick: the largest of all ranks
 
     def start(self, at_ms: float = 0.0) -> None:
         """Starts the clock at `at_ms`: the time already spent when a run is resumed."""
@@ -296,10 +393,15 @@ class Clock:
             if was_running:
                 self.resume()
 
-    def tick(self) -> float:
-        """Milliseconds of training so far. A collective: every rank gets rank 0's reading, bit for bit."""
+    def tick(self, stop_code: int = 0) -> float:
+        """Milliseconds of training so far. A collective: every rank gets rank 0's reading, bit for bit.
+
+        stop_code: of this rank (`pgolf.signals`); the largest of all ranks comes in the same message, `self.stop_code`.
+        """
         running = 0.0 if self._since is None else 1000.0 * (self._now() - self._since)
-        self.elapsed_ms = self.dist.broadcast_float(self._done_ms + running)
+        before = self.elapsed_ms
+        self.elapsed_ms, self.stop_code = self.dist.first_and_max(self._done_ms + running, stop_code)
+        self.last_ms = self.elapsed_ms - before
         return self.elapsed_ms
 
     @property
@@ -330,6 +432,12 @@ class TimeLedger:
         self._seconds: dict[str, float] = {}
         self._stack: list[str] = []
         self._since = 0.0
+        self.failed_in = ""  # the phase that the first exception came from
+
+    @property
+    def current(self) -> str:
+        """The innermost phase under way; empty outside of phases."""
+        return self._stack[-1] if self._stack else ""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -338,6 +446,9 @@ class TimeLedger:
         self._stack.append(name)
         try:
             yield
+        except BaseException:
+            self.failed_in = self.failed_in or name
+            raise
         finally:
             self._book()
             self._stack.pop()
@@ -368,11 +479,13 @@ class TimeLedger:
         return ledger_lines(self.to_dict())
 
 
-def ledger_lines(ledger: Mapping[str, Mapping]) -> list[str]:
-    """Text of a ledger in the form of `TimeLedger.to_dict()`, as a saved result holds it."""
+def ledger_lines(ledger: Mapping[str, Mapping], limits: Mapping[str, float] | None = None) -> list[str]:
+    """Text of a ledger in the form of `TimeLedger.to_dict()`, as a saved result holds it. limits: seconds by budget."""
     rows = [(name, row["seconds"], row["counted"] or "not counted") for name, row in ledger.items()]
     for budget in ("training", "evaluation"):
-        rows.append((f"= {budget}", sum(r["seconds"] for r in ledger.values() if r["counted"] == budget), ""))
+        limit = (limits or {}).get(budget)
+        seconds = sum(r["seconds"] for r in ledger.values() if r["counted"] == budget)
+        rows.append((f"= {budget}", seconds, f"of {limit:g} s" if limit else ""))
     rows.append(("= all", sum(r["seconds"] for r in ledger.values()), ""))
     width = max(len(name) for name, _, _ in rows)
     return [f"{name:<{width}}  {seconds:10.2f} s  {note}".rstrip() for name, seconds, note in rows]

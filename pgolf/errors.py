@@ -84,3 +84,14 @@ class ArtifactError(PgolfError):
     """An artifact or bundle that cannot be trusted: truncated, altered or foreign."""
 
     exit_code = 9
+
+
+class Stopped(PgolfError):
+    """A signal asked the run to stop, and it did so at a safe point."""
+
+    exit_code = 143  # SIGTERM's; an instance has that of its signal
+    on_all_ranks = True
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.exit_code = code

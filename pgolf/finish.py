@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pgolf import result
+from pgolf import limits, result
 from pgolf.artifact import budget
 from pgolf.artifact.bundle import bundle
 from pgolf.artifact.model_io import load_model, save_model
 from pgolf.config import RunConfig
 from pgolf.data.batch import Batch
 from pgolf.data.shards import write_synced
+from pgolf.errors import BudgetError
 from pgolf.eval.base import EvalResult, Evaluator, evaluate
 from pgolf.eval.windowed import PlainWindows, SlidingWindows
 from pgolf.model.gpt import GPT, parameter_count
@@ -36,7 +37,7 @@ def sliding_windows(cfg: RunConfig) -> SlidingWindows | None:
 
 
 def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
-    """Everything after the last step. Returns the result; raises BudgetError after writing it when over the limit."""
+    """Everything after the last step. Returns the result; raises BudgetError after writing it when over a limit."""
     cfg, log, ledger, dist = trainer.cfg, trainer.log, trainer.ledger, trainer.dist
     trainer.phases.undo()
     source = load_average(trainer)
@@ -47,15 +48,22 @@ def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
         with log.phase("evaluate_float", ledger):
             floats = trainer.validate(plain_windows(cfg), limit=cfg.eval.max_tokens)
     label = f"{cfg.quant.matrix}_{cfg.quant.codec}_roundtrip"
+    trainer.safe_point("before packing")
     with log.phase("pack", ledger):
         artifact, code = dist.broadcast_object(write_submission(trainer, run_dir) if dist.is_main else None)
     report = budget.account(artifact, code)
     log.sizes(report.artifact_bytes, report.code_bytes, f"{cfg.quant.matrix}+{cfg.quant.codec}")
     model = load_model(artifact, device=trainer.device, compute_dtype=trainer.runtime.compute_dtype)
+    packed = slid = None
+    late = []  # what went over a time limit
     with log.phase("evaluate", ledger):
-        packed = score(trainer, model, plain_windows(cfg), cfg.eval.max_tokens, label)
-        slider = sliding_windows(cfg)
-        slid = score(trainer, model, slider, cfg.eval.sliding_max_tokens, f"{label}_sliding") if slider else None
+        try:
+            packed = score(trainer, model, plain_windows(cfg), cfg.eval.max_tokens, label)
+            slider = sliding_windows(cfg)
+            slid = score(trainer, model, slider, cfg.eval.sliding_max_tokens, f"{label}_sliding") if slider else None
+        except limits.OutOfTime as err:
+            late.append(str(err))
+        trainer.note_recompiles()
     if trainer.device.type == "cuda":
         log.peak_memory(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
     facts = gather(trainer, floats, packed, slid, report, began)
@@ -65,13 +73,28 @@ def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
     result.print_result(facts, log.line)
     log.line(f"run directory: {run_dir}")
     log.event("result", **facts)
+    check_time(trainer, late)
     budget.check(report)
     return facts
 
 
+def check_time(trainer: Trainer, late: list[str]) -> None:
+    """Raises BudgetError for what went over the limits of training and evaluation. late: what is known of already."""
+    cfg, dist = trainer.cfg, trainer.dist
+    trained = trainer.clock.elapsed_ms / 1000 + dist.broadcast_float(trainer.ledger.seconds("calibrate"))
+    scored = dist.broadcast_float(limits.spent(trainer.ledger, "evaluation"))
+    late = [
+        limits.over_training(trained, cfg.train.max_wallclock_seconds, trainer.last_step_s),
+        *(late or [limits.over_evaluation(scored, cfg.eval.max_seconds)]),
+    ]
+    if any(late):
+        raise BudgetError("\n".join(filter(None, late)) + "\nThe result is written all the same.")
+
+
 def write_submission(trainer: Trainer, run_dir: Path) -> tuple[bytes, bytes]:
     """Writes the two files that count against the limit; returns their bytes: (artifact, code)."""
-    artifact = save_model(trainer.model, trainer.infos, trainer.cfg.quant, trainer.data.tokenizer_sha256)
+    sha256 = trainer.data.tokenizer_sha256
+    artifact = save_model(trainer.model, trainer.infos, trainer.cfg.quant, sha256, trainer.ledger.phase)
     code = bundle()
     for name, data in (("model.pgolf", artifact), ("train_gpt_bundle.py", code)):
         write_synced(run_dir / name, data)
@@ -90,14 +113,19 @@ def load_average(trainer: Trainer) -> str:
 
 def score(trainer: Trainer, model: GPT, evaluator: Evaluator, limit: int, label: str) -> EvalResult:
     """Scores a reloaded model on the val split and logs it."""
-    data, log = trainer.data, trainer.log
+    data, log, dist, cfg = trainer.data, trainer.log, trainer.dist, trainer.cfg.eval
+    already = dist.broadcast_float(limits.spent(trainer.ledger, "evaluation"))
+    watch = limits.Watch(
+        dist, trainer.stop, label, limit=cfg.max_seconds, reserve=cfg.reserve_seconds, already=already, say=log.line
+    )
     nll = trainer.compiled(lambda ids, targets: model(Batch(ids, targets))[0])
     scored = evaluate(
         evaluator,
         nll,
         data.val,
         data.byte_counts,
-        trainer.dist,
+        dist,
+        watch=watch,
         progress=lambda done, total: log.progress(label, done, total),
         limit_tokens=limit,
     )
@@ -105,9 +133,9 @@ def score(trainer: Trainer, model: GPT, evaluator: Evaluator, limit: int, label:
     return scored
 
 
-def gather(trainer: Trainer, floats: EvalResult, packed: EvalResult, slid: EvalResult | None, report, began) -> dict:
-    """The facts of a run, as result.json holds them."""
-    cfg, ledger = trainer.cfg, trainer.ledger
+def gather(trainer: Trainer, floats: EvalResult, packed: EvalResult | None, slid: EvalResult | None, report, began):
+    """The facts of a run, as result.json holds them: a dict. packed, slid: None if there was no time for them."""
+    cfg, ledger, found = trainer.cfg, trainer.ledger, trainer.recompiles
     train_seconds = trainer.clock.elapsed_ms / 1000
     return {
         "preset": cfg.preset,
@@ -126,14 +154,17 @@ def gather(trainer: Trainer, floats: EvalResult, packed: EvalResult, slid: EvalR
         "tokens_per_second": trainer.tokens / max(train_seconds, 1e-9),
         "val_loss": floats.val_loss,
         "val_bpb": floats.val_bpb,
-        "val_bpb_artifact": packed.val_bpb,
+        "val_bpb_artifact": packed.val_bpb if packed else None,
         "val_bpb_sliding": slid.val_bpb if slid else None,
-        "subset": packed.subset,
+        "subset": packed.subset if packed else None,
         "subset_sliding": slid.subset if slid else None,
         "artifact_bytes": report.artifact_bytes,
         "code_bytes": report.code_bytes,
         "total_bytes": report.total_bytes,
         "bytes_by_group": {name: size for name, size in report.items.items() if name != "code"},
+        "recompiles": trainer.dist.max_int(len(found.seen)) if found else 0,
+        "recompiles_by_phase": found.by_phase() if found else {},
         "ledger": ledger.to_dict(),
         "node": trainer.node,
+        "time_limits": {"training": cfg.train.max_wallclock_seconds, "evaluation": cfg.eval.max_seconds},
     }

@@ -64,7 +64,7 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     """Text of a result: what ran, scores, bytes, time.
 
     Beyond the required keys it knows: subset, subset_sliding (what was scored), bytes_by_group {name: bytes of the
-    artifact}, ledger (`TimeLedger.to_dict()`).
+    artifact}, ledger (`TimeLedger.to_dict()`), time_limits {"training", "evaluation": seconds, 0 = none}.
     """
     ranks = f"{result['world_size']} rank{'s' if result['world_size'] != 1 else ''}"
     lines = [
@@ -77,7 +77,7 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     if result.get("ledger"):
         from pgolf.dist import ledger_lines  # lazy: it brings torch, which writing a result does not need
 
-        lines += ["Time", *("  " + line for line in ledger_lines(result["ledger"]))]
+        lines += ["Time", *("  " + line for line in ledger_lines(result["ledger"], result.get("time_limits")))]
     return lines
 
 

@@ -31,6 +31,8 @@ class TrainConfig:
     train_log_every: int = 200  # steps between log lines; 0 = none
     compile: str = "auto"  # torch.compile: auto (on with a GPU), on, off
     fullgraph: bool = True  # a graph break is an error
+    fail_on_recompile: bool = False  # a step that compiles again after warm-up ends the run; else one warning
+    collective_timeout_s: float = 120.0  # in steps of training, how long a rank may keep the others waiting
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # activations: auto (bf16 with a GPU), fp32, bf16
     out_dir: str = "runs"  # folder of run folders
@@ -42,7 +44,7 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         low = {"seed": 0, "iterations": 1, "max_wallclock_seconds": 0, "reserve_ms": 0, "warmup_steps": 0}
-        low |= {"val_loss_every": 0, "train_log_every": 0}
+        low |= {"val_loss_every": 0, "train_log_every": 0, "collective_timeout_s": 1}
         low |= {"checkpoint_every": 0, "checkpoint_seconds": 0, "keep_checkpoints": 0}
         out = [f"{n}={getattr(self, n)} must be at least {v}" for n, v in low.items() if getattr(self, n) < v]
         for name, allowed in CHOICES.items():

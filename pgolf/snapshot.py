@@ -52,7 +52,7 @@ class Saver:
         trainer, began = self.trainer, time.monotonic()
         if trainer.step_number == self.saved_step:
             return
-        with trainer.clock.paused(), trainer.ledger.phase("checkpoint"):
+        with trainer.dist.patient(), trainer.clock.paused(), trainer.ledger.phase("checkpoint"):
             trainer.check_finite()
             tensors, facts = snapshot(trainer)
             keep = trainer.cfg.train.keep_checkpoints

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pgolf import config, finish, node, resume, runtime
+from pgolf import config, faults, finish, limits, node, resume, runtime, signals
 from pgolf.config import RunConfig, Settings
 from pgolf.data.batch import Batch
 from pgolf.data.loaders import LOADERS, Prefetcher
 from pgolf.data.source import open_data
 from pgolf.dist import Clock, Dist, TimeLedger, start
-from pgolf.errors import ConfigError, NumericalError
+from pgolf.errors import BudgetError, ConfigError, NumericalError, Stopped
 from pgolf.eval.base import EvalResult, Evaluator, evaluate
 from pgolf.kernels._op import paths
 from pgolf.log import RunLog
@@ -34,14 +34,17 @@ from pgolf.optim.schedule import Progress, lr_scale
 from pgolf.optim.step import Optimizers
 from pgolf.phases import Phases
 from pgolf.quant.weight_cast import WeightCast, bank_weights
+from pgolf.recompiles import Recompiles
+from pgolf.signals import Stop
 from pgolf.snapshot import FOLDER, Saver
 
 
 class Trainer:
     """Everything that a run holds while the clock is running. Built by `run`."""
 
-    def __init__(self, cfg: RunConfig, dist: Dist, log: RunLog, ledger: TimeLedger):
+    def __init__(self, cfg: RunConfig, dist: Dist, log: RunLog, ledger: TimeLedger, stop: Stop | None = None):
         self.cfg, self.dist, self.log, self.ledger = cfg, dist, log, ledger
+        self.stop, self.recompiles = stop or Stop(), None
         self.device = dist.device
         t = cfg.train
         k = cfg.kernels
@@ -80,7 +83,7 @@ class Trainer:
         self.loader = self._new_loader()
         self.compute_loss = self.compiled(self.objective.__call__)
         self.nll = self.compiled(lambda ids, targets: self.model(Batch(ids, targets))[0])
-        self.step_number, self.lr_scale, self.tokens = 0, 1.0, 0
+        self.step_number, self.lr_scale, self.tokens, self.last_step_s = 0, 1.0, 0, 0.0
         self.skipped = (0, 0.0)  # first steps that the mean step time leaves out, and their milliseconds
         self.last_val: EvalResult | None = None
         self.recent: deque = deque(maxlen=(LAG + 2) * self.loader.micro_steps)  # (step, batch), for `not_finite`
@@ -184,13 +187,21 @@ class Trainer:
             for i in range(steps):
                 self.step(0.0, 0)
                 self.log.progress(f"warm-up ({variant})", i + 1, steps)
+                self.safe_point(f"during warm-up, at {i + 1} of {steps} steps ({variant})")
         self.model.load_state_dict(weights)
         self.optim.reset_()
         self.loader.close()
         self.loader = self._new_loader()
 
     def train(self) -> None:
-        """Steps until `iterations` or the cap, whichever comes first; every decision comes from rank 0's clock."""
+        """Steps until `iterations` or the cap, whichever comes first. A signal ends it after a step, saved."""
+        if self.runtime.compile.value == "on":
+            self.recompiles = Recompiles()
+        with self.dist.within(self.cfg.train.collective_timeout_s):
+            self._steps()
+
+    def _steps(self) -> None:
+        """The loop; every decision comes from rank 0's clock."""
         cfg, steps = self.cfg, self.cfg.train.iterations
         pace = Pace(self.device, self.optim.health)
         self.clock.start(self.clock.elapsed_ms)
@@ -212,15 +223,19 @@ class Trainer:
             bad_step = pace.wait()
             if bad_step is not None:
                 raise self.not_finite(bad_step)
-            self.clock.tick()
+            self.clock.tick(self.stop.code)
+            self.note_recompiles()
             self._report(loss)
-            if self.saver and self.saver.due:
+            if self.saver and (self.saver.due or self.clock.stop_code):
                 self.saver.save()
+            signals.check(self.clock.stop_code, f"after step {self.step_number}")
             self._validate_where_due()
         self.check_finite()
         if self.step_number < steps:
             self.log.stopping_early(self.clock.elapsed_ms, self.step_number, steps)
+        self.last_step_s = self.clock.last_ms / 1000
         self.clock.pause()
+        self.clock.tick()  # with the steps that the GPU still had to do
 
     @property
     def is_last(self) -> bool:
@@ -247,6 +262,7 @@ class Trainer:
         if self.is_last or (t.val_loss_every and n % t.val_loss_every == 0):
             with self.clock.paused(), self.ledger.phase("validate"):
                 scored = self.validate(finish.plain_windows(self.cfg), limit=self.cfg.eval.max_tokens)
+                self.note_recompiles()
             self.log.val(n, t.iterations, scored.val_loss, scored.val_bpb, ms)
             self.last_val = scored
 
@@ -255,10 +271,37 @@ class Trainer:
         self.model.eval()
         if self.cast:
             self.cast.refresh_()
-        data = self.data
-        scored = evaluate(evaluator, self.nll, data.val, data.byte_counts, self.dist, limit_tokens=limit)
-        self.model.train()
-        return scored
+        data, watch = self.data, limits.Watch(self.dist, self.stop, "validation")
+        try:
+            with self.dist.patient():  # the first one compiles
+                return evaluate(
+                    evaluator, self.nll, data.val, data.byte_counts, self.dist, watch=watch, limit_tokens=limit
+                )
+        finally:
+            self.model.train()
+
+    # -- what may end a run early ----------------------------------------------------------------------------------
+
+    def safe_point(self, where: str) -> None:
+        """Raises Stopped on all ranks when a signal has reached one of them. A collective."""
+        signals.check(self.dist.max_int(self.stop.code), where)
+
+    def note_recompiles(self) -> None:
+        """Tells of what was compiled again since the last call; raises BudgetError if the run must not."""
+        if self.recompiles is None:
+            return
+        phase = self.ledger.current
+        warned = phase in self.recompiles.by_phase()
+        for one in self.recompiles.new(phase):
+            self.log.event("recompile", step=self.step_number, phase=phase, function=one.function, guard=one.guard)
+            if not warned:
+                self.log.line(f"warning: compiled again in phase {phase}, step {self.step_number}: {one}")
+            if self.cfg.train.fail_on_recompile and phase == "train":
+                raise BudgetError(
+                    f"step {self.step_number} compiled again, which training time pays for: {one}\n"
+                    "What the guard names must be a tensor or stay the same; train.fail_on_recompile=false goes on."
+                )
+            warned = True
 
 
 class Pace:
@@ -299,22 +342,44 @@ def group_lines(optim: Optimizers) -> list[str]:
 def run(settings: Settings) -> dict:
     """Trains, exports, reloads and scores one run; returns what is written to result.json."""
     began = time.monotonic()
-    cfg = settings.config
-    dist = start(cfg.train.device)
-    try:
-        run_dir = make_run_dir(settings, dist)
-        with RunLog(run_dir, dist.rank) as log, resume.claimed(run_dir, dist):
-            try:
-                return _run(settings, run_dir, dist, log, began)
-            except Exception as err:
-                log.event("error", error=type(err).__name__, message=str(err))
+    dist = start(settings.config.train.device)
+    with signals.catching(speak=dist.is_main) as stop:
+        try:
+            run_dir = make_run_dir(settings, dist)
+            with RunLog(run_dir, dist.rank) as log, resume.claimed(run_dir, dist):
+                facts = _explained(settings, run_dir, dist, log, stop, began)
+        except Exception as err:
+            # torchrun ends all when the first one ends, and its signal finds the others on their way out
+            stop.leaving = dist.world_size > 1
+            if isinstance(err, Stopped):
+                dist.close()
                 raise
-    finally:
-        dist.close()
+            shown = dist.blame(err)
+            dist.abandon()
+            if shown is err:
+                raise
+            raise shown from err
+    dist.close()
+    return facts
 
 
-def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: float) -> dict:
+def _explained(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, stop: Stop, began: float) -> dict:
+    """The run, with its errors explained and logged."""
     cfg, ledger = settings.config, TimeLedger()
+    try:
+        return _run(settings, run_dir, dist, log, ledger, stop, began)
+    except Exception as err:
+        told = faults.explain(err, ledger.failed_in, cfg, dist.device)
+        log.event("error", error=type(told).__name__, message=str(told), phase=ledger.failed_in)
+        if told is err:
+            raise
+        raise told from err
+
+
+def _run(
+    settings: Settings, run_dir: Path, dist: Dist, log: RunLog, ledger: TimeLedger, stop: Stop, began: float
+) -> dict:
+    cfg = settings.config
     if dist.is_main:
         config.write(settings, run_dir / "config.json")
     here = node.record(run_dir, cfg.data.cache_dir) if dist.is_main else {}
@@ -323,10 +388,13 @@ def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: floa
         log.line(f"note: {note}")
     log.line(f"run: {run_dir}  preset:{cfg.preset} seed:{cfg.train.seed} config digest:{config.digest(cfg)[:16]}")
     saved = resume.load(settings, run_dir, dist, log)
-    trainer = Trainer(cfg, dist, log, ledger)
+    dist.report(lambda: (ledger.current or "start", 0), log.line)
+    trainer = Trainer(cfg, dist, log, ledger, stop)
     if saved:
         resume.check_data(trainer, saved, settings)
     trainer.node = here.get("digest")
+    dist.report(lambda: (ledger.current or "start", trainer.step_number), log.line)
+    trainer.safe_point("before warm-up")
     for line in [*trainer.runtime.lines(), *trainer.data.lines]:
         log.line(line)
     log.line(f"model_params:{parameter_count(trainer.model)}")
@@ -335,7 +403,7 @@ def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: floa
     per_rank = f"{trainer.loader.micro_steps} micro-batches per rank and step"
     log.line(f"world_size:{dist.world_size} tokens per step:{trainer.loader.tokens_per_step} ({per_rank})")
     with paths(**trainer.runtime.paths):
-        with log.phase("warmup", ledger):
+        with log.phase("compile", ledger):
             trainer.warm_up()
         if saved:
             resume.restore(trainer, saved)

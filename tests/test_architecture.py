@@ -23,7 +23,10 @@ LAYERS = [
     {"doctor"},
     {"__main__"},
 ]
-LEAVES = {"data", "dist", "log", "errors", "node", "result", "runtime", "tree", "checkpoint"}
+LEAVES = {
+    "data", "dist", "log", "errors", "node", "result", "runtime", "tree", "checkpoint",
+    "signals", "heartbeat", "limits", "faults", "recompiles",
+}  # fmt: skip
 READS_ENVIRON = {"pgolf/config.py", "pgolf/dist.py", "pgolf/cli.py"}
 # name: reason. Everything else keeps the caps.
 LONG_FILES: dict[str, str] = {}

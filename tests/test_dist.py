@@ -231,4 +231,5 @@ def test_two_processes():
     # rank 0's clock to the bit on both, and so both stop at the same step
     assert a["ticks"] == b["ticks"] and len(a["ticks"]) == 11
     assert a["ticks"] == pytest.approx([100.0 * (i + 1) for i in range(11)])
-    assert "Another rank has probably stopped" in a["alone"] and "rank 0 of 2" in a["alone"]
+    assert "rank 0 of 2: maximum over ranks failed" in a["alone"]
+    assert "rank 1 gives no sign of life" in a["alone"]

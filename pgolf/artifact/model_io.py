@@ -3,6 +3,9 @@ needed to score it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from pgolf import tree
@@ -17,16 +20,27 @@ from pgolf.quant.policy import dequantize, quantize_state
 MAX_LENGTH = 1 << 20  # positions that a loaded model makes rotary tables for
 
 
-def save_model(model: GPT, infos: list[ParamInfo], cfg: QuantConfig, tokenizer_sha256: str) -> bytes:
-    """Quantises and packs `model`'s parameters with what is needed to rebuild it."""
-    state = {i.name: i.param.detach().float().cpu() for i in infos}
+def save_model(
+    model: GPT,
+    infos: list[ParamInfo],
+    cfg: QuantConfig,
+    tokenizer_sha256: str,
+    phase: Callable[[str], AbstractContextManager] = nullcontext,
+) -> bytes:
+    """Quantises and packs `model`'s parameters with what is needed to rebuild it.
+
+    phase: entered with "quantise" while it does that, for a time ledger.
+    """
+    with phase("quantise"):
+        state = {i.name: i.param.detach().float().cpu() for i in infos}
+        records = quantize_state(state, infos, cfg)
     meta = {
         "model": tree.to_dict(model.cfg),
         "train_length": model.train_length,
         "max_length": model.max_length,
         "tokenizer": tokenizer_sha256,
     }
-    return pack(quantize_state(state, infos, cfg), meta, cfg.codec, cfg.level)
+    return pack(records, meta, cfg.codec, cfg.level)
 
 
 def load_model(data: bytes, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32) -> GPT:

@@ -94,11 +94,13 @@ class Evaluator:
 
     def batches(self, spans: Sequence[Span], world_size: int) -> Iterator[Sequence[Span]]:
         """Splits one rank's spans into the fewest batches that fit, of nearly equal size: least padding."""
-        limit = max(self.batch_tokens // (world_size * self.seq_len), 1)
-        count = -(-len(spans) // limit)
-        rows = -(-len(spans) // max(count, 1))
+        rows = -(-len(spans) // max(self.batch_count(len(spans), world_size), 1))
         for first in range(0, len(spans), max(rows, 1)):
             yield spans[first : first + rows]
+
+    def batch_count(self, n_spans: int, world_size: int) -> int:
+        """At least as many as the batches that `batches` makes of a rank's n spans."""
+        return -(-n_spans // max(self.batch_tokens // (world_size * self.seq_len), 1))
 
     def score(self, batch: SpanBatch, nll_fn: NllFn) -> Tensor:
         """Nats (n,) fp32 of the batch's scored targets. Sees no state that later targets have touched."""
@@ -116,13 +118,16 @@ def evaluate(
     dist: Dist,
     *,
     progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[int, int], None] | None = None,
     limit_tokens: int = 0,
 ) -> EvalResult:
     """Scores the val split `tokens` (1-D, any integer dtype, on the CPU; a memory map will do).
 
     byte_counts: `pgolf.data.tokenizer`'s table. limit_tokens: score only the first n targets, 0 = all; the result names
-    the subset. progress(done, all): this rank's targets so far, after each batch. Every rank must call this; each gets
-    a contiguous share of the spans. Raises CoverageError, DataError, NumericalError.
+    the subset. progress(done, all): this rank's targets so far, after each batch. watch(done, all): rounds of batches
+    of all ranks, the same numbers on each; it may use collectives, and ends the evaluation by raising on all ranks.
+    Every rank must call this; each gets a contiguous share of the spans. Raises CoverageError, DataError,
+    NumericalError.
     """
     began = time.monotonic()
     stream = tokens.cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
@@ -134,19 +139,25 @@ def evaluate(
             " (and one whole window in truncated mode): use a longer val split or a smaller eval.seq_len"
         )
     meter, seen = Meter(dist.device), torch.zeros(n_targets, dtype=torch.uint8)
-    spans = _share(evaluator.spans(n_targets), dist.rank, dist.world_size)
+    all_spans = evaluator.spans(n_targets)
+    spans = _share(all_spans, dist.rank, dist.world_size)
+    rounds = evaluator.batch_count(-(-len(all_spans) // dist.world_size), dist.world_size)  # of the largest share
+    batches = iter(evaluator.batches(spans, dist.world_size))
     forwarded, rows = 0, 0
-    for part in evaluator.batches(spans, dist.world_size):
-        rows = max(rows, len(part))
-        batch = _gather(stream, part, rows, evaluator.seq_len, dist.device)
-        with torch.no_grad():  # not inference_mode: its tensors could never be trained on by adapt()
-            nll = evaluator.score(batch, nll_fn)
-            meter.add(nll, byte_counts(batch.scored(batch.ids), batch.scored(batch.targets)))
-        _mark(seen, part)
-        evaluator.adapt(batch)
-        forwarded += batch.ids.numel()
-        if progress:
-            progress(part[-1].end - spans[0].score_from, spans[-1].end - spans[0].score_from)
+    for done in range(1, rounds + 1):
+        if part := next(batches, None):
+            rows = max(rows, len(part))
+            batch = _gather(stream, part, rows, evaluator.seq_len, dist.device)
+            with torch.no_grad():  # not inference_mode: its tensors could never be trained on by adapt()
+                nll = evaluator.score(batch, nll_fn)
+                meter.add(nll, byte_counts(batch.scored(batch.ids), batch.scored(batch.targets)))
+            _mark(seen, part)
+            evaluator.adapt(batch)
+            forwarded += batch.ids.numel()
+            if progress:
+                progress(part[-1].end - spans[0].score_from, spans[-1].end - spans[0].score_from)
+        if watch:
+            watch(done, rounds)
     return _result(evaluator.name, meter, seen, forwarded, total, dist, began)
 
 

@@ -12,8 +12,13 @@ class EvalConfig:
     batch_tokens: int = 524288  # tokens forwarded per batch over all ranks, plain windows (VAL_BATCH_SIZE)
     max_tokens: int = 0  # score only the first n targets of the val split; 0 = all. The result names the subset
     sliding_max_tokens: int = 0  # the same for the sliding pass
+    max_seconds: float = 600.0  # of all scoring of the artifact together; it is stopped before. 0 = no limit
+    reserve_seconds: float = 1.0  # how long before
 
     def problems(self) -> list[str]:
         out = [f"{n}={getattr(self, n)} must not be negative"
-               for n in ("seq_len", "stride", "max_tokens", "sliding_max_tokens") if getattr(self, n) < 0]  # fmt: skip
+               for n in ("seq_len", "stride", "max_tokens", "sliding_max_tokens", "max_seconds", "reserve_seconds")
+               if getattr(self, n) < 0]  # fmt: skip
+        if 0 < self.max_seconds <= self.reserve_seconds:
+            out.append(f"reserve_seconds={self.reserve_seconds} must be below max_seconds={self.max_seconds}")
         return out if self.batch_tokens >= 1 else [*out, f"batch_tokens={self.batch_tokens} must be at least 1"]

@@ -1,0 +1,66 @@
+"""train_gpt.py with a fault: FAULT=kind:rank:step happens on that rank when it starts that step. Run under torchrun.
+
+Also prints "rank R reached step N" once per step to stderr where SAY_STEPS is set, for tests that wait for it.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from pgolf import cli
+from pgolf.errors import NumericalError
+from pgolf.train import Trainer
+
+
+def numerical():
+    raise NumericalError("step 5: the loss of this rank is nan\nA second line.")
+
+
+def defect():
+    raise KeyError("a defect")
+
+
+def huge():
+    torch.empty(1 << 50)
+
+
+FAULTS = {
+    "numerical": numerical,
+    "defect": defect,
+    "oom": huge,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "sleep": lambda: time.sleep(600),
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "none": lambda: None,
+}
+kind, rank, at = os.environ.get("FAULT", "none:0:0").split(":")
+take_step = Trainer.step
+me = os.environ.get("RANK", "0")
+
+
+def step(self, lr_scale, step_number):
+    if "SAY_STEPS" in os.environ:
+        print(f"rank {me} reached step {step_number}", file=sys.stderr, flush=True)
+    if (me, step_number) == (rank, int(at)) and self.step_number == step_number:
+        FAULTS[kind]()
+    return take_step(self, lr_scale, step_number)
+
+
+def save(self, why):
+    # a collective, as the real one
+    total = int(self.dist.all_reduce_sum_(torch.tensor(self.step_number)))
+    self.log.line(f"saved {why} at step {self.step_number}, sum over ranks {total}")
+
+
+Trainer.step = step
+if os.environ.get("STUB_SAVE"):
+    Trainer.save = save
+if __name__ == "__main__":
+    sys.exit(cli.main())
