@@ -153,10 +153,11 @@ def test_keep_none_writes_none(shards, tmp_path):
 
 def test_curves_leave_out_what_was_lost(tmp_path):
     rows = [("step", 1), ("step", 2), ("step", 3), ("val", 3), ("resume", 1), ("step", 2), ("val", 2)]
-    lines = [json.dumps({"kind": kind, "step": step, "n": n}) for n, (kind, step) in enumerate(rows)]
+    names = ("train_loss", "lr_scale", "val_loss", "val_bpb")
+    lines = [json.dumps({"kind": kind, "step": step, **dict.fromkeys(names, n)}) for n, (kind, step) in enumerate(rows)]
     (tmp_path / "events.jsonl").write_text("\n".join(lines))
     steps, vals = result._read_curves(tmp_path / "events.jsonl")
-    assert [e["n"] for e in steps] == [0, 5] and [e["n"] for e in vals] == [6]
+    assert [e["lr_scale"] for e in steps] == [0, 5] and [e["val_bpb"] for e in vals] == [6]
 
 
 @pytest.mark.dist
