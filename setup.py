@@ -22,6 +22,7 @@ setup(
     packages=[*find_packages(include=["pgolf", "pgolf.*"]), "pgolf.kernels"],
     package_dir={"pgolf": "pgolf", "pgolf.kernels": "kernels"},
     py_modules=["train_gpt"],
+    entry_points={"console_scripts": ["pgolf = pgolf.__main__:main"]},
     install_requires=[
         "torch>=2.9",
         "numpy>=1.26",

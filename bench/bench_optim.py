@@ -46,7 +46,8 @@ def with_gradients(cfg: RunConfig) -> tuple[GPT, Optimizers]:
     model = build(cfg)
     infos = roles_of(model)
     layers = (cfg.model.plan.num_layers, cfg.model.plan.n_encoder)
-    unclipped = replace(cfg.optim, clip=None)  # clipping is in place
+    # clipping is in place; and the oracle is fp64, which momentum in bf16 is not close to
+    unclipped = replace(cfg.optim, clip=None, muon=replace(cfg.optim.muon, exchange_dtype="fp32"))
     optim = Optimizers(build_groups(infos, cfg.optim, layers, cfg.model.embed.tied), unclipped)
     gen = torch.Generator().manual_seed(2)
     for p in optim.params:

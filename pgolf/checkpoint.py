@@ -65,6 +65,7 @@ def write(folder: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
         _put_in_place(temp, folder / name)
         _sync_folder(folder)
     except OSError as err:
+        shutil.rmtree(temp, ignore_errors=True)  # before the free space is measured
         raise SetupError(
             f"{folder / name}: the checkpoint cannot be written ({err.strerror or err}): it needs {need:,} bytes,"
             f" {_free(folder)} are free; earlier checkpoints are as they were\n"

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -37,8 +37,16 @@ MOST_USED = (
 )  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
-    """Runs the command line and returns the process's exit code. Defaults: this process's arguments and environment."""
+Command = Callable[[Sequence[str], Mapping[str, str]], int]
+
+
+def main(
+    argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None, command: Command | None = None
+) -> int:
+    """Runs the command line and returns the process's exit code. Defaults: this process's arguments and environment.
+
+    command: what is run with them instead of training, under the same handling of errors.
+    """
     # How long a waiting OpenMP thread spins before it sleeps; libgomp reads this when torch is imported. Its default is
     # milliseconds, and beside another busy process a step of the cpu preset can then take seconds. LOG.md has numbers.
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
@@ -46,7 +54,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     argv = sys.argv[1:] if argv is None else argv
     environ = config.process_environment() if environ is None else environ
     try:
-        code = _main([a for a in argv if a != "--debug"], environ)
+        code = (command or _main)([a for a in argv if a != "--debug"], environ)
         sys.stdout.flush()
         return code
     except PgolfError as err:

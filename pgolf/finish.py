@@ -135,4 +135,5 @@ def gather(trainer: Trainer, floats: EvalResult, packed: EvalResult, slid: EvalR
         "total_bytes": report.total_bytes,
         "bytes_by_group": {name: size for name, size in report.items.items() if name != "code"},
         "ledger": ledger.to_dict(),
+        "node": trainer.node,
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from torch import Tensor
 from pgolf import checkpoint, config, tree
 from pgolf.config import RunConfig, Settings
 from pgolf.dist import Dist
-from pgolf.errors import ArtifactError, ConfigError, PgolfError
+from pgolf.errors import ArtifactError, ConfigError, PgolfError, SetupError
 from pgolf.log import RunLog
 from pgolf.snapshot import FOLDER, data_facts, machine, set_rng_state
 
@@ -71,6 +73,39 @@ def run_folder(settings: Settings) -> Path:
             f"train.resume={train.resume} goes on in {run_dir}, but train.run_id={train.run_id}: leave it out"
         )
     return run_dir
+
+
+@contextmanager
+def claimed(run_dir: Path, dist: Dist) -> Iterator[None]:
+    """Holds a run's folder against a second process, as when a job is started again while the first still lives.
+
+    Released when this process ends, however it ends. Raises SetupError when another one holds it.
+    """
+    handle = dist.on_main(lambda: _lock(run_dir))
+    try:
+        yield
+    finally:
+        if dist.is_main and handle is not None:
+            os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """An open handle of the locked folder; None where the system or the file system has no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as err:
+        os.close(handle)
+        if isinstance(err, BlockingIOError):
+            raise SetupError(
+                f"{folder}: another process is at work on this run; wait until it has ended, or choose another RUN_ID"
+            ) from err
+        return None
+    return handle
 
 
 def load(settings: Settings, run_dir: Path, dist: Dist, log: RunLog) -> Saved | None:

@@ -72,6 +72,7 @@ def choose(
 
     ops: op -> "auto" (what default_path says), "triton", "reference"; for attention also a library's kernel.
     """
+    check_arch(device)
     cuda = device.type == "cuda"
     in_dtype = _dtype(device, dtype)
     numbers = DTYPES[in_dtype.value]
@@ -80,6 +81,37 @@ def choose(
     if paths.get("attention") in ("fa3", "cudnn") and ops["attention"] == "auto":
         paths["attention"] = "auto"  # by call: another length or head width may need another back end
     return Runtime(device, in_dtype, _compile(cuda, compile), chosen, paths, _weight_cast(cuda, weight_cast))
+
+
+def check_arch(device: torch.device) -> None:
+    """SetupError when torch's wheel has no code for the GPU: its first kernel would fail, minutes later."""
+    if device.type != "cuda":
+        return
+    arches, capability = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(device)
+    if arches and not runs_on(arches, capability):
+        raise SetupError(
+            f"{device_name(device)}: torch {torch.__version__} has no code for it, only {' '.join(arches)}\n"
+            "Install a torch for this GPU, `python -m pgolf doctor` says which; or use DEVICE=cpu."
+        )
+
+
+def runs_on(arches: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for `arches` (torch.cuda.get_arch_list()) runs on a device.
+
+    Machine code sm_XY runs on X.Y and on later Y of the same X; sm_XYa on X.Y alone; compute_XY is compiled by the
+    driver for everything from X.Y on.
+    """
+    for arch in arches:
+        kind, _, text = arch.partition("_")
+        digits, exact = text.rstrip("af"), text.endswith("a")
+        if not digits.isdigit():
+            continue
+        has = (int(digits[:-1]), int(digits[-1]))
+        if kind == "compute" and not exact and has <= capability:
+            return True
+        if kind == "sm" and (has == capability or (not exact and has[0] == capability[0] and has[1] <= capability[1])):
+            return True
+    return False
 
 
 def _dtype(device: torch.device, asked: str) -> Choice:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pgolf import config, finish, resume, runtime
+from pgolf import config, finish, node, resume, runtime
 from pgolf.config import RunConfig, Settings
 from pgolf.data.batch import Batch
 from pgolf.data.loaders import LOADERS, Prefetcher
@@ -88,6 +88,7 @@ class Trainer:
         self.divergence = Divergence()
         self.saver: Saver | None = None  # None writes no checkpoints
         self.resumes = 0  # processes before this one that this state went through
+        self.node: str | None = None  # digest of this machine's fingerprint, on rank 0
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -162,11 +163,12 @@ class Trainer:
 
         found = first_bad(self, [batch for at, batch in self.recent if at == step])
         where = [f"rank {rank}: {text}" for rank, text in enumerate(self.dist.gather_objects(found)) if text]
+        kept = f"step {self.saver.saved_step}" if self.saver and self.saver.saved_step > 0 else "none"
         last = ", ".join(f"{at}: {value:.4f}" for at, value in list(self.losses)[-8:]) or "none"
         return NumericalError(
             f"step {step + 1}: training loss or gradient is not finite; first seen in "
             f"{where[0] if where else 'nothing that can be found again in an eager forward and backward'}\n"
-            f"Last losses (step: loss): {last}. The weights are those before that step; nothing is exported.\n"
+            f"Last losses (step: loss): {last}. Nothing is exported; last good checkpoint: {kept}.\n"
             "Lower the learning rates or set GRAD_CLIP_NORM."
         )
 
@@ -301,7 +303,7 @@ def run(settings: Settings) -> dict:
     dist = start(cfg.train.device)
     try:
         run_dir = make_run_dir(settings, dist)
-        with RunLog(run_dir, dist.rank) as log:
+        with RunLog(run_dir, dist.rank) as log, resume.claimed(run_dir, dist):
             try:
                 return _run(settings, run_dir, dist, log, began)
             except Exception as err:
@@ -315,6 +317,8 @@ def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: floa
     cfg, ledger = settings.config, TimeLedger()
     if dist.is_main:
         config.write(settings, run_dir / "config.json")
+    here = node.record(run_dir, cfg.data.cache_dir) if dist.is_main else {}
+    log.event("node", **here)
     for note in settings.notes:
         log.line(f"note: {note}")
     log.line(f"run: {run_dir}  preset:{cfg.preset} seed:{cfg.train.seed} config digest:{config.digest(cfg)[:16]}")
@@ -322,6 +326,7 @@ def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: floa
     trainer = Trainer(cfg, dist, log, ledger)
     if saved:
         resume.check_data(trainer, saved, settings)
+    trainer.node = here.get("digest")
     for line in [*trainer.runtime.lines(), *trainer.data.lines]:
         log.line(line)
     log.line(f"model_params:{parameter_count(trainer.model)}")

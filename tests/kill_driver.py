@@ -108,6 +108,7 @@ def child(out, run_id, overrides, prepare, seconds=None):
         code = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            random.seed(0)  # Python seeds it anew in a fork
             prepare()
             settings = config.load(
                 [f"train.out_dir={out}", f"train.run_id={run_id}", "train.resume=auto", *overrides], dict(os.environ)

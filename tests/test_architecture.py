@@ -20,8 +20,10 @@ LAYERS = [
     {"resume"},
     {"train"},
     {"cli", "lab"},
+    {"doctor"},
+    {"__main__"},
 ]
-LEAVES = {"data", "dist", "log", "errors", "result", "runtime", "tree", "checkpoint"}
+LEAVES = {"data", "dist", "log", "errors", "node", "result", "runtime", "tree", "checkpoint"}
 READS_ENVIRON = {"pgolf/config.py", "pgolf/dist.py", "pgolf/cli.py"}
 # name: reason. Everything else keeps the caps.
 LONG_FILES: dict[str, str] = {}

@@ -64,6 +64,8 @@ def test_wheel(source, rival, tmp_path):
     assert not (site / "kernels").exists()
     text = "\n".join(python(str(site / "train_gpt.py"), "--describe", "train.device=cpu", cwd=tmp_path, path=[site]))
     assert '"parameters"' in text
+    assert (site / "bin" / "pgolf").is_file()  # the console script
+    assert "doctor" in "\n".join(python("-m", "pgolf", "--help", cwd=tmp_path, path=[site]))
 
 
 @pytest.mark.slow

@@ -15,10 +15,11 @@ from helpers import VOCAB
 from resuming import FACTS, SHORT, assert_same_state, last, saving, text
 from test_train import events, launch, settings
 
-from pgolf import checkpoint, cli, finish, snapshot
+from pgolf import checkpoint, cli, finish, resume, snapshot
 from pgolf.checkpoint import MANIFEST, STATE
 from pgolf.config import digest
-from pgolf.errors import ArtifactError, ConfigError, DataError, NumericalError
+from pgolf.dist import Dist
+from pgolf.errors import ArtifactError, ConfigError, DataError, NumericalError, SetupError
 from pgolf.train import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,6 +182,14 @@ def test_what_cannot_be_resumed(shards, finished, halted, tmp_path):
 def test_an_earlier_run_without_resume_is_left_untouched(shards, halted):
     with pytest.raises(ConfigError, match=r"left untouched.*RESUME=auto"):
         run(settings(shards, halted.parent, "train.run_id=r"))
+
+
+def test_two_processes_do_not_share_a_run(shards, halted):
+    before = text(halted), sorted(p.name for p in (halted / snapshot.FOLDER).iterdir())
+    with resume.claimed(halted, Dist()), pytest.raises(SetupError, match="another process is at work"):
+        again(shards, halted)
+    assert (text(halted), sorted(p.name for p in (halted / snapshot.FOLDER).iterdir())) == before
+    again(shards, halted)  # the claim ended with its holder
 
 
 # -- damage ------------------------------------------------------------------------------------------------------

@@ -56,6 +56,20 @@ def test_restoring_is_exact_and_complete(shards, tmp_path, cast):
         assert torch.equal(t, snapshot.snapshot(b)[0][name]), name
 
 
+def test_a_gpus_generator_is_kept_too(monkeypatch):
+    """With a stand-in for the GPU's: its state goes through JSON and comes back as bytes on the CPU."""
+    held = {"state": torch.arange(16, dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: held["state"])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: held.update(state=state, device=device))
+    gpu = torch.device("cuda", 3)
+    saved = json.loads(json.dumps(snapshot.rng_state(gpu)))
+    held["state"] = None
+    snapshot.set_rng_state(snapshot.rng_state(torch.device("cpu")), gpu)  # of a run without a GPU
+    assert held["state"] is None
+    snapshot.set_rng_state(saved, gpu)
+    assert torch.equal(held["state"], torch.arange(16, dtype=torch.uint8)) and held["device"] == gpu
+
+
 class Hand:
     def __init__(self):
         self.at = 0.0
@@ -153,11 +167,11 @@ def test_keep_none_writes_none(shards, tmp_path):
 
 def test_curves_leave_out_what_was_lost(tmp_path):
     rows = [("step", 1), ("step", 2), ("step", 3), ("val", 3), ("resume", 1), ("step", 2), ("val", 2)]
-    names = ("train_loss", "lr_scale", "val_loss", "val_bpb")
-    lines = [json.dumps({"kind": kind, "step": step, **dict.fromkeys(names, n)}) for n, (kind, step) in enumerate(rows)]
+    values = ("train_loss", "lr_scale", "val_loss", "val_bpb")
+    lines = [json.dumps({"kind": kind, "step": step} | dict.fromkeys(values, n)) for n, (kind, step) in enumerate(rows)]
     (tmp_path / "events.jsonl").write_text("\n".join(lines))
     steps, vals = result._read_curves(tmp_path / "events.jsonl")
-    assert [e["lr_scale"] for e in steps] == [0, 5] and [e["val_bpb"] for e in vals] == [6]
+    assert [e["train_loss"] for e in steps] == [0, 5] and [e["val_loss"] for e in vals] == [6]
 
 
 @pytest.mark.dist

@@ -72,10 +72,12 @@ def test_run_directory_is_complete(smoke):
     result, path = smoke
     names = {p.name for p in path.iterdir()}
     assert {"config.json", "events.jsonl", "train.log", "model.pgolf", "train_gpt_bundle.py", "curves.png",
-            "result.json"} == names  # fmt: skip
+            "node.json", "result.json", "checkpoints"} == names  # fmt: skip
     saved = json.loads((path / "result.json").read_text())
     assert saved == json.loads(json.dumps(result))
     assert (path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    here = json.loads((path / "node.json").read_text())
+    assert saved["node"] == here["digest"] == events(path, "node")[0]["digest"]
     described = json.loads((path / "config.json").read_text())
     assert tree.from_dict(RunConfig, described["config"]).preset == "smoke"
 
@@ -267,6 +269,7 @@ def test_preset_builds_steps_and_round_trips(name):
             assert plain.item() == pytest.approx(math.log(small.embed.vocab_size), abs=0.02)
         loss.backward()
         optim.set(1.0, 0.9)
+        optim.reduce_(plain.detach())
         optim.step()
         optim.zero_grad()
     still = [i.name for i in infos if i.param.requires_grad and torch.equal(i.param, start[i.name])]

@@ -117,7 +117,7 @@ def test_ranges_for_nsight(monkeypatch):
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", log.append)
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: log.append(")"))
     P.nsight(Steps(), 1)
-    parts = ("cast", "forward", "backward", "cast", "optimizer", "reduce", "optimizer", "averaging")
+    parts = ("cast", "forward", "backward", "cast", "reduce", "optimizer", "averaging")
     assert log == ["START", "step", *(x for part in parts for x in (part, ")")), ")", "STOP"]
 
 
