@@ -17,7 +17,7 @@ import torch
 
 from pgolf.config import RunConfig
 from pgolf.data import corpus as embedded
-from pgolf.data.shards import open_shard, write_shard
+from pgolf.data.shards import read_shard, write_shard
 from pgolf.data.tokenizer import load_tokenizer
 from pgolf.model.gpt import GPT
 
@@ -71,7 +71,7 @@ def corpus() -> Corpus:
     documents = embedded.read_documents(root, embedded.source_files(root))
     train = [d for d in documents if embedded.split_of(d.name) == "train"]
     sp = load_tokenizer(paths.tokenizer_path, VOCAB)
-    tokens = np.array(open_shard(paths.data_dir / embedded.SHARDS["train"]))
+    tokens = read_shard(paths.data_dir / embedded.SHARDS["train"])
     n_bytes = paths.manifest["splits"]["train"]["bytes"]
     return Corpus(paths.data_dir, paths.tokenizer_path, train, sp, tokens, n_bytes)
 

@@ -19,7 +19,7 @@ from pgolf.artifact.model_io import load_model, save_model
 from pgolf.artifact.pack import unpack
 from pgolf.config import RunConfig
 from pgolf.data.batch import Batch
-from pgolf.data.shards import open_shard
+from pgolf.data.shards import read_shard
 from pgolf.data.tokenizer import ByteTable, brute_force_bytes, load_tokenizer
 from pgolf.dist import Dist, TimeLedger
 from pgolf.errors import BudgetError, ConfigError, NumericalError
@@ -95,7 +95,7 @@ def test_scores_are_those_of_the_file(smoke, shards):
     """An independent scorer, one window at a time, reading model.pgolf from the disk, agrees to the last digits."""
     result, path = smoke
     model = load_model((path / "model.pgolf").read_bytes())
-    tokens = open_shard(shards / "fineweb_val_000000.bin").astype(np.int64)
+    tokens = read_shard(shards / "fineweb_val_000000.bin").astype(np.int64)
     sp = load_tokenizer(shards / "tokenizer.model", VOCAB)
 
     def nats(start, end, score_from):
@@ -119,7 +119,7 @@ def test_scores_are_those_of_the_file(smoke, shards):
 
 def test_validation_targets_and_bytes_are_exact(shards):
     """Bytes of the whole val split: the table, the brute-force count and the text itself agree."""
-    tokens = open_shard(shards / "fineweb_val_000000.bin").astype(np.int64)
+    tokens = read_shard(shards / "fineweb_val_000000.bin").astype(np.int64)
     sp = load_tokenizer(shards / "tokenizer.model", VOCAB)
     by_table = int(ByteTable.from_sentencepiece(sp, VOCAB).count(tokens[:-1], tokens[1:]).sum())
     starts = [*np.flatnonzero(tokens == 1), len(tokens)]

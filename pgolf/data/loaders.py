@@ -19,7 +19,7 @@ import torch
 
 from pgolf.data.batch import Batch
 from pgolf.data.config import DataConfig
-from pgolf.data.shards import open_shard
+from pgolf.data.shards import Shard
 from pgolf.errors import DataError
 
 
@@ -47,7 +47,7 @@ class Loader:
                 f"{self.micro_steps} micro-batches at data.seq_len={self.seq_len}\n"
                 f"fix: the nearest valid data.batch_tokens is {need}"
             )
-        self.shards = [open_shard(f) for f in self.files]
+        self.shards = [Shard(f) for f in self.files]
         longest = max((len(s) for s in self.shards), default=0)
         if longest <= self.seq_len:
             raise DataError(
@@ -310,7 +310,7 @@ class CoprimeBLoader(Loader):
         if shard not in self._loaded:
             while len(self._loaded) >= max(self.config.max_loaded_shards, 1):
                 self._loaded.popitem(last=False)
-            self._loaded[shard] = np.array(self.shards[shard])
+            self._loaded[shard] = self.shards[shard][:]
         self._loaded.move_to_end(shard)
         return self._loaded[shard]
 

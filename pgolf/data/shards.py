@@ -112,19 +112,52 @@ def check_shard(path: str | Path, vocab_size: int | None = None) -> int:
             "fix: delete the file and fetch it again"
         )
     if vocab_size is not None:
-        _check_ids(path, _payload(path, count)[:QUICK_IDS], vocab_size, 0)
+        _check_ids(path, np.fromfile(path, "<u2", QUICK_IDS, offset=HEADER_BYTES), vocab_size, 0)
     return count
 
 
-def _payload(path: Path, count: int) -> np.ndarray:
-    if not count:
-        return np.empty(0, dtype="<u2")  # an empty map is an error for the operating system
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+class Shard:
+    """An opened shard of `len(shard)` ids; `shard[a:b]` reads a part of them, (b - a,) uint16. For one thread.
+
+    Read and not mapped: when a file is cut, or its disk goes away, a map kills the process with SIGBUS and without a
+    word, while a read says what is wrong. It costs no more (5 us against 9 for a window of 1025 ids in the page cache).
+    The file stays open: where the system allows to remove it, the run reads on.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self._count = Path(path), check_shard(path)
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115  as long as the shard lives
+        except OSError as err:  # gone since it was checked, or more shards than files may be open (ulimit -n)
+            raise DataError(f"shard {path} cannot be opened: {err.strerror}") from err
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, step = part.indices(self._count)
+        assert step == 1
+        need = 2 * max(stop - start, 0)
+        try:
+            self._file.seek(HEADER_BYTES + 2 * start)
+            raw, why = self._file.read(need), "the file has become shorter"
+        except OSError as err:
+            raw, why = b"", err.strerror or str(err)
+        if len(raw) != need:
+            raise DataError(
+                f"shard {self.path}, tokens {start:,} to {stop:,} cannot be read: {why}; it was whole at the start\n"
+                "fix: put the file back as it was, and go on from the last checkpoint (RESUME)"
+            )
+        return np.frombuffer(raw, "<u2")
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            self._file.close()
 
 
-def open_shard(path: str | Path) -> np.ndarray:
-    """The shard's ids as a read-only memory map, (n,) uint16, header left out. Raises DataError like `check_shard`."""
-    return _payload(Path(path), check_shard(path))
+def read_shard(path: str | Path) -> np.ndarray:
+    """The shard's ids, (n,) uint16, header left out. Raises DataError like `check_shard`."""
+    return Shard(path)[:]
 
 
 def _check_ids(path: Path, ids: np.ndarray, vocab_size: int, first: int) -> None:
@@ -138,7 +171,7 @@ def _check_ids(path: Path, ids: np.ndarray, vocab_size: int, first: int) -> None
 
 def scan_ids(path: str | Path, vocab_size: int) -> None:
     """Looks at every id of a shard. Raises DataError with shard, position and id of the first one >= vocab_size."""
-    ids = open_shard(path)
+    ids = Shard(path)
     for first in range(0, len(ids), SCAN_IDS):
         _check_ids(Path(path), ids[first : first + SCAN_IDS], vocab_size, first)
 

@@ -57,7 +57,7 @@ def open_data(cfg: DataConfig, vocab_size: int, device: torch.device, progress: 
     if set(train_files) & set(val_files):
         raise DataError(f"{folder}: the same shard serves as train and val")
     sp = load_tokenizer(tokenizer_path, vocab_size)
-    val = np.concatenate([np.asarray(shards.open_shard(f)) for f in val_files])
+    val = np.concatenate([shards.read_shard(f) for f in val_files])
     if len(val) < cfg.seq_len + 1:
         raise DataError(
             f"{folder}: the val split has {len(val)} tokens, one sequence needs data.seq_len + 1 = {cfg.seq_len + 1}\n"

@@ -15,7 +15,7 @@ import pytest
 
 from pgolf.data import corpus as corpus_module
 from pgolf.data.corpus import build_or_load, read_documents, source_files, split_of
-from pgolf.data.shards import open_shard, sha256
+from pgolf.data.shards import read_shard, sha256
 from pgolf.errors import DataError, SetupError
 
 pytest.importorskip("sentencepiece")
@@ -33,7 +33,7 @@ def small_root(tmp_path_factory):
 
 
 def tokens_of(paths, split):
-    return open_shard(paths.data_dir / f"fineweb_{split}_000000.bin")
+    return read_shard(paths.data_dir / f"fineweb_{split}_000000.bin")
 
 
 def test_every_document_comes_back_byte_for_byte(corpus, tokenizer):

@@ -1,5 +1,6 @@
 """Shards: the format byte by byte, and every kind of bad input."""
 
+import errno
 import os
 import struct
 
@@ -30,7 +31,7 @@ def test_written_bytes_are_the_format(tmp_path):
 def test_round_trip(tmp_path_factory, tokens):
     path = tmp_path_factory.getbasetemp() / "round_trip.bin"
     shards.write_shard(path, np.array(tokens, dtype=np.int64))
-    ids = shards.open_shard(path)
+    ids = shards.read_shard(path)
     assert ids.dtype == np.uint16 and ids.tolist() == tokens
 
 
@@ -46,7 +47,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(shards.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
         shards.write_shard(tmp_path / "a.bin", np.array([3]))
-    assert shards.open_shard(tmp_path / "a.bin").tolist() == [1, 2]
+    assert shards.read_shard(tmp_path / "a.bin").tolist() == [1, 2]
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -92,7 +93,7 @@ def test_negative_count_and_missing_file(tmp_path):
 
 def test_header_only_shard_is_empty(tmp_path):
     (tmp_path / "a.bin").write_bytes(raw_shard([]))
-    assert shards.check_shard(tmp_path / "a.bin", 10) == 0 and len(shards.open_shard(tmp_path / "a.bin")) == 0
+    assert shards.check_shard(tmp_path / "a.bin", 10) == 0 and len(shards.read_shard(tmp_path / "a.bin")) == 0
 
 
 def test_find_shards_sorts_and_leaves_sidecars_out(tmp_path):
@@ -159,3 +160,43 @@ def test_pipe_under_a_shards_name_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "fineweb_train_000000.bin")
     with pytest.raises(DataError, match="no regular file"):
         shards.check_split(tmp_path, "train", 10)
+
+
+def test_parts_of_an_opened_shard(tmp_path):
+    ids = np.arange(1000) % 613
+    shards.write_shard(tmp_path / "a.bin", ids)
+    shard = shards.Shard(tmp_path / "a.bin")
+    assert len(shard) == 1000 and shard[:].dtype == np.uint16
+    for part in (slice(0, 5), slice(990, None), slice(-3, None), slice(7, 7), slice(9, 3), slice(998, 5000)):
+        assert shard[part].tolist() == ids[part].tolist()
+
+
+def test_removed_shard_is_read_to_the_end_and_a_cut_one_is_named(tmp_path):
+    """Under a memory map the second would kill the process."""
+    ids = np.arange(100_000) % 613
+    for name in "ab":
+        shards.write_shard(tmp_path / f"{name}.bin", ids)
+    a, b = (shards.Shard(tmp_path / f"{name}.bin") for name in "ab")
+    (tmp_path / "a.bin").unlink()
+    assert a[50_000:].tolist() == ids[50_000:].tolist()
+    os.truncate(tmp_path / "b.bin", 1024 + 2 * 60_000)
+    assert b[:60_000].tolist() == ids[:60_000].tolist()
+    with pytest.raises(DataError, match=r"b\.bin, tokens 59,999 to 60,001 cannot be read: the file has become shorter"):
+        b[59_999:60_001]
+
+
+def test_disk_that_goes_away_is_named(tmp_path):
+    shards.write_shard(tmp_path / "a.bin", np.arange(10))
+    shard = shards.Shard(tmp_path / "a.bin")
+    shard._file.close()
+
+    class Gone:
+        def seek(self, at):
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        def close(self):
+            pass
+
+    shard._file = Gone()
+    with pytest.raises(DataError, match=r"a\.bin.* Stale file handle(.|\n)*RESUME"):
+        shard[:]

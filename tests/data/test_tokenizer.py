@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pgolf.data import tokenizer as tok
-from pgolf.data.shards import open_shard
+from pgolf.data.shards import read_shard
 from pgolf.data.tokenizer import ByteTable
 from pgolf.errors import DataError, SetupError
 
@@ -104,7 +104,7 @@ def test_torch_counterpart_equals_numpy():
 
 def test_real_val_split_is_its_files_to_the_byte(corpus, tokenizer):
     """Three ways: table, concatenated pieces, and the sizes of the source files themselves."""
-    val = open_shard(corpus.data_dir / "fineweb_val_000000.bin")
+    val = read_shard(corpus.data_dir / "fineweb_val_000000.bin")
     table = ByteTable.from_sentencepiece(tokenizer, 1024)
     table_sum = int(table.count(val[:-1], val[1:]).sum())
     assert table_sum == tok.brute_force_bytes(tokenizer, val) == tok.prove_bytes(tokenizer, table, val)
@@ -114,7 +114,7 @@ def test_real_val_split_is_its_files_to_the_byte(corpus, tokenizer):
 
 
 def test_chunked_proof_is_the_same(corpus, tokenizer, monkeypatch):
-    val = open_shard(corpus.data_dir / "fineweb_val_000000.bin")
+    val = read_shard(corpus.data_dir / "fineweb_val_000000.bin")
     table = ByteTable.from_sentencepiece(tokenizer, 1024)
     whole = tok.prove_bytes(tokenizer, table, val)
     monkeypatch.setattr(tok, "CHUNK", 999)
@@ -122,7 +122,7 @@ def test_chunked_proof_is_the_same(corpus, tokenizer, monkeypatch):
 
 
 def test_one_byte_off_is_refused_and_blamed(corpus, tokenizer):
-    val = open_shard(corpus.data_dir / "fineweb_val_000000.bin")
+    val = read_shard(corpus.data_dir / "fineweb_val_000000.bin")
     table = ByteTable.from_sentencepiece(tokenizer, 1024)
     rare = int(np.argmin(np.where(table.base > 1, np.bincount(val, minlength=1024) + 10**9 * (
         np.bincount(val, minlength=1024) == 0), 10**10)))  # fmt: skip

@@ -48,9 +48,9 @@ def good_shards(folder: Path) -> list[Files]:
 
 
 def read_shards(folder: Path, files: Files) -> list[list[int]]:
-    """As a run does: every shard checked, first and last scanned, then read through its map."""
+    """As a run does: every shard checked, first and last scanned, then read."""
     found = shards.check_split(spill(folder, files), "train", VOCAB)
-    return [shards.open_shard(path).tolist() for path in found]
+    return [shards.read_shard(path).tolist() for path in found]
 
 
 def check_shards(files: Files, ids: list[list[int]]) -> None:
