@@ -217,8 +217,8 @@ class Compilations:
         self.settings = torch._dynamo.config.patch(error_on_recompile=True)
         self.settings.__enter__()
         if triton is not None:
-            runtime = triton.knobs.runtime
-            self.hook, runtime.jit_post_compile_hook = runtime.jit_post_compile_hook, self._saw
+            events = triton.knobs.runtime
+            self.hook, events.jit_post_compile_hook = events.jit_post_compile_hook, self._saw
         return self
 
     def __exit__(self, *error) -> None:

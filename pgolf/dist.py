@@ -86,6 +86,11 @@ def start(device: str = "auto") -> Dist:
     if me.device.type == "cuda":
         torch.cuda.set_device(me.device)
     if me.world_size > 1:
+        # Its functions keep the process group of the moment of import as a default argument. torch imports it some time
+        # later by itself; then `close` could not end gloo's threads, and one that freed the last collective's tensors
+        # while the interpreter shut down aborted the process (SIGABRT in 2 of 16 runs of two ranks).
+        from torch.distributed.nn import functional  # noqa: F401
+
         backend = "cpu:gloo,cuda:nccl" if me.device.type == "cuda" else "gloo"
         try:
             tdist.init_process_group(backend, rank=me.rank, world_size=me.world_size, timeout=TIMEOUT)
@@ -184,9 +189,6 @@ class Dist:
     def close(self) -> None:
         """Leaves the process group. Safe to call twice."""
         if self.world_size > 1 and tdist.is_initialized():
-            # gloo's threads let go of the last collective's tensors a moment after it is over, and need the interpreter
-            # for that. One that does so while the interpreter shuts down aborts the process: 3 of 48 runs on busy cores
-            time.sleep(0.2)
             tdist.destroy_process_group()
 
     @contextmanager
