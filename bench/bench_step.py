@@ -12,23 +12,21 @@ variant that does not fit into the memory is skipped, unless a ceiling waits for
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import cache
 
 import pytest
 
 from pgolf.presets import PRESETS
 
-from . import budget, timing, variants
+from . import budget, variants
 from .bench_kernels import trusted_timer  # noqa: F401
 from .conftest import NOTES, REPLAY
 from .gpus import GPUS, key_of
 from .guards import guard_speed
-from .ledger import ledger
-from .step import check, in_words, measure
+from .step import check, in_words, least_ms, measure, model_flops
+from .variants import WORLD
 
 NO_GPU = "needs a CUDA device: steps at one GPU's share; --bench-size small runs the smoke preset on this CPU"
 MIN_MS = {"production": 400.0, "small": 50.0}  # of a round, for each variant
-WORLD = {"production": 8, "small": 1}  # GPUs that share a step
 
 
 def pytest_generate_tests(metafunc):
@@ -43,12 +41,6 @@ def pytest_generate_tests(metafunc):
                 marks += [pytest.mark.slow] * ("compile" in variant)
                 rows.append(pytest.param(preset, variant, optimizer, id=f"{preset}-{variant}-{what}", marks=marks))
     metafunc.parametrize("preset, variant, optimizer", rows)
-
-
-@cache
-def model_flops(preset: str, world_size: int) -> int:
-    """Forward and backward of one GPU's share; the same on every path and GPU."""
-    return ledger(PRESETS[preset](), GPUS["h100"], "reference", world_size).model_flops
 
 
 @pytest.fixture(scope="session")
@@ -111,8 +103,7 @@ def report_step(request, benchmark, found, what: dict, device: str | None) -> No
     flops = model_flops(what["preset"], WORLD[request.getfixturevalue("bench_size")])
     if device != "cpu":
         roofs = request.getfixturevalue("roofs")
-        allowed = timing.roof_ms(0, flops, roofs | {"gemm": max(roofs["gemm"], roofs["gemm_large"])})
-        guard_speed(benchmark.name, found.timing.median, allowed)
+        guard_speed(benchmark.name, found.timing.median, least_ms(flops, roofs))
     facts = found.facts(flops, GPUS[device].tensor if device in GPUS else None)
     request.getfixturevalue("report")(found.timing, flops=flops, **what, **facts)
     request.config.stash[NOTES].append(f"{benchmark.name}: {in_words(facts)}")

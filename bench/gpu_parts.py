@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from .variants import DEFAULT, ON_CPU, SMALL, TIMED, VARIANTS
+from .variants import DEFAULT, ON_CPU, SMALL, TIMED, VARIANTS, WORLD
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = (
@@ -38,7 +38,6 @@ OPS = (
 )
 NO_GPU = 3
 ROUNDS = {"production": 10, "small": 2}
-WORLD = {"production": 8, "small": 1}  # GPUs that share a step
 STEP_ROUNDS = {"production": 5, "small": 2}
 HEAD_64 = "attention-xsa_bound"
 Emit = Callable[..., None]  # emit(row={...}) or emit(facts={...})
@@ -236,9 +235,8 @@ def steps(job: str, args: argparse.Namespace, emit: Emit) -> None:
     from pgolf.presets import PRESETS
 
     from . import budget, timing
-    from .gpus import GPUS, key_of
-    from .ledger import ledger
-    from .step import measure
+    from .gpus import key_of
+    from .step import least_ms, measure, model_flops
 
     kind, small = torch.device(args.device).type, args.size == "small"
     roofs = _measure_roofs(args, emit)
@@ -246,9 +244,9 @@ def steps(job: str, args: argparse.Namespace, emit: Emit) -> None:
     names = list(VARIANTS) if kind == "cuda" else list(ON_CPU[:1] if small else ON_CPU)
     how = {"world_size": world, "rounds": STEP_ROUNDS[args.size], "min_ms": 0.0 if small else 400.0}
     found = measure(cfg, names, args.device, **how)
-    flops = ledger(cfg, GPUS["h100"], "reference", world).model_flops
+    flops = model_flops(job, world)
     device = key_of(timing.device_card(args.device)["name"]) if kind == "cuda" else "cpu"
-    allowed = 0.0 if small else timing.roof_ms(0, flops, roofs | {"gemm": max(roofs["gemm"], roofs["gemm_large"])})
+    allowed = 0.0 if small else least_ms(flops, roofs)
     rows = []
     for (variant, optimizer), m in found.items():
         row = {"preset": job, "variant": variant, "optimizer": optimizer, **step_row(m, flops, device, allowed)}

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -30,11 +30,14 @@ from pgolf.kernels._op import paths
 from pgolf.kernels._triton import triton
 from pgolf.model.gpt import GPT
 from pgolf.optim.muon import momentum_at
+from pgolf.presets import PRESETS
 from pgolf.train import Trainer
 
+from .gpus import GPUS
+from .ledger import ledger
 from .providers import Failure
 from .step_check import CHECKED, PROGRESS, Truth, check_update
-from .timing import HostClock, Timing, time_interleaved
+from .timing import HostClock, Timing, roof_ms, time_interleaved
 from .trace import share_rows
 from .variants import VARIANTS
 from .weights import look_trained_
@@ -217,8 +220,8 @@ class Compilations:
         self.settings = torch._dynamo.config.patch(error_on_recompile=True)
         self.settings.__enter__()
         if triton is not None:
-            runtime = triton.knobs.runtime
-            self.hook, runtime.jit_post_compile_hook = runtime.jit_post_compile_hook, self._saw
+            events = triton.knobs.runtime
+            self.hook, events.jit_post_compile_hook = events.jit_post_compile_hook, self._saw
         return self
 
     def __exit__(self, *error) -> None:
@@ -236,6 +239,17 @@ class Compilations:
 
 def _graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@cache
+def model_flops(preset: str, world_size: int) -> int:
+    """Forward and backward of one GPU's share; the same on every path and GPU."""
+    return ledger(PRESETS[preset](), GPUS["h100"], "reference", world_size).model_flops
+
+
+def least_ms(flops: float, roofs: Mapping[str, float]) -> float:
+    """What no step of that many FLOPs is faster than, by the best product that was measured here."""
+    return roof_ms(0, flops, {**roofs, "gemm": max(roofs["gemm"], roofs["gemm_large"])})
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------

@@ -33,3 +33,4 @@ DEFAULT = {"cuda": "compile+kernels", "cpu": "eager"}  # what a run does unless 
 ON_CPU = ("eager", "compile")  # kernels would be interpreted there
 TIMED = ("rat_rod_green", "pr401", "kitchen_sink_v2", "naive_baseline", "h1")
 SMALL = ("smoke",)  # --bench-size small
+WORLD = {"production": 8, "small": 1}  # GPUs that share a step, by size

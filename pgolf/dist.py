@@ -95,6 +95,11 @@ def start(device: str = "auto") -> Dist:
     if me.device.type == "cuda":
         torch.cuda.set_device(me.device)
     if me.world_size > 1:
+        # Its functions keep the process group of the moment of import as a default argument. torch imports it some time
+        # later by itself; then `close` could not end gloo's threads, and one that freed the last collective's tensors
+        # while the interpreter shut down aborted the process (SIGABRT in 2 of 16 runs of two ranks).
+        from torch.distributed.nn import functional  # noqa: F401
+
         backend = "cpu:gloo,cuda:nccl" if me.device.type == "cuda" else "gloo"
         try:
             limit = timedelta(seconds=PATIENCE)
