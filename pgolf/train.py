@@ -330,6 +330,10 @@ def _explained(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, stop:
     cfg, ledger = settings.config, TimeLedger()
     try:
         return _run(settings, run_dir, dist, log, ledger, stop, began)
+    except Stopped as err:
+        log.event("stopped", code=err.exit_code, message=str(err))
+        log.line(f"stopped: {err}", console=False)
+        raise
     except Exception as err:
         told = faults.explain(err, ledger.failed_in, cfg, dist.device)
         log.event("error", error=type(told).__name__, message=str(told), phase=ledger.failed_in)

@@ -63,6 +63,7 @@ def test_other_errors_stay_what_they_are():
 
 def test_a_gpu_tells_free_total_own_and_others_memory(monkeypatch):
     gib = 1 << 30
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 * gib, 80 * gib))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 60 * gib)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70 * gib)

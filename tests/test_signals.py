@@ -182,6 +182,8 @@ def test_training_finishes_the_step_saves_and_ends_with_the_code(name, tmp_path,
     assert f"stopped: {name} after step 4" in capsys.readouterr().err
     events = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if e["kind"] == "step"][-1] == 4
+    assert [e["code"] for e in events if e["kind"] == "stopped"] == [CODES[name]]
+    assert not [e for e in events if e["kind"] == "error"]
     assert not (path / "result.json").exists()
 
 
