@@ -58,7 +58,7 @@ def events(path, kind):
 
 def test_late_qat_is_warmed_up_for_steps(tmp_path, dynamo_only):
     """Without a weight cast it is a second graph, of which warm-up makes both; that of the validation is noted."""
-    code, path = command(tmp_path, "quant.late_qat=on", "schedule.warmdown_iters=4")
+    code, path = command(tmp_path, "quant.late_qat=on", "quant.late_qat.threshold=0.6", "schedule.warmdown_iters=4")
     found = json.loads((path / "result.json").read_text())
     assert code == 0 and len(events(path, "phase")) == 1
     assert "train" not in found["recompiles_by_phase"]
