@@ -62,7 +62,7 @@ def needed(text: str) -> int | None:
 
 def available(device: torch.device) -> str:
     """In words, how much memory there is on `device`."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info(device)
         ours = torch.cuda.memory_allocated(device)
         others = max(total - free - torch.cuda.memory_reserved(device), 0)

@@ -101,7 +101,7 @@ class Watch:
                     " (eval.max_seconds) and it will be stopped before; a larger eval.stride takes less,"
                     " eval.sliding_max_tokens scores a part, eval.max_seconds=0 lifts the limit"
                 )
-        last, self.mark_s = now - self.mark_s, now
+        last, self.mark_s = now - self.mark_s if done > 1 else 0.0, now
         if done < rounds and now + last > self.limit - self.reserve:
             raise OutOfTime(
                 f"{self.label} was stopped after {now:.1f} s of evaluation with {done} of {rounds} batches scored: the"

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from pgolf.errors import SetupError
+from pgolf.errors import SetupError, Stopped
 
 
 def step_line(step: int, total: int, train_loss: float, train_ms: float) -> str:
@@ -162,6 +162,9 @@ class RunLog:
             with ledger.phase(name) if ledger is not None else nullcontext():
                 yield
             ended = "done"
+        except Stopped:
+            ended = "stopped"
+            raise
         finally:
             seconds = time.monotonic() - began
             self.event("phase_end", name=name, seconds=seconds, ok=ended == "done")

@@ -36,7 +36,7 @@ class Recompiles:
         fresh = [m for m in record if m.start_time_us > self._last_us]
         self._last_us = max(m.start_time_us for m in fresh)
         found = [
-            Recompile(f"{m.co_name} ({m.co_filename}:{m.co_firstlineno})", m.recompile_reason, phase)
+            Recompile(f"{m.co_name} ({m.co_filename}:{m.co_firstlineno})", m.recompile_reason.splitlines()[0], phase)
             for m in fresh
             if m.recompile_reason
         ]

@@ -45,11 +45,11 @@ def check(code: int, where: str) -> None:
 
 @contextmanager
 def catching(speak: bool = True) -> Iterator[Stop]:
-    """Catches the signals of CODES. Afterwards their handlers are what they were, or ignored (`stop.leaving`).
-    speak: whether to answer a SIGINT on stderr.
+    """Catches the signals of CODES. Afterwards their handlers are what they were, or they are ignored (`stop.leaving`).
 
-    A second SIGINT ends the process at once with code 130. A signal that is ignored stays ignored (nohup). In a thread
-    other than the main one, where Python allows no handlers, nothing is caught.
+    speak: whether to answer a SIGINT on stderr. A second SIGINT ends the process at once with code 130. A signal that
+    is ignored stays ignored (nohup). In a thread other than the main one, where Python allows no handlers, nothing is
+    caught.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

@@ -294,8 +294,9 @@ class Trainer:
         warned = phase in self.recompiles.by_phase()
         for one in self.recompiles.new(phase):
             self.log.event("recompile", step=self.step_number, phase=phase, function=one.function, guard=one.guard)
-            if not warned:
-                self.log.line(f"warning: compiled again in phase {phase}, step {self.step_number}: {one}")
+            if not warned:  # outside of steps it costs no training time, and a graph of its own may be by design
+                kind = "warning" if phase == "train" else "note"
+                self.log.line(f"{kind}: compiled again in phase {phase}, step {self.step_number}: {one}")
             if self.cfg.train.fail_on_recompile and phase == "train":
                 raise BudgetError(
                     f"step {self.step_number} compiled again, which training time pays for: {one}\n"
@@ -368,6 +369,10 @@ def _explained(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, stop:
     cfg, ledger = settings.config, TimeLedger()
     try:
         return _run(settings, run_dir, dist, log, ledger, stop, began)
+    except Stopped as err:
+        log.event("stopped", code=err.exit_code, message=str(err))
+        log.line(f"stopped: {err}", console=False)
+        raise
     except Exception as err:
         told = faults.explain(err, ledger.failed_in, cfg, dist.device)
         log.event("error", error=type(told).__name__, message=str(told), phase=ledger.failed_in)

@@ -1,6 +1,6 @@
 """train_gpt.py with a fault: FAULT=kind:rank:step happens on that rank when it starts that step. Run under torchrun.
 
-Also prints "rank R reached step N" once per step to stderr where SAY_STEPS is set, for tests that wait for it.
+SAY_STEPS prints "rank R reached step N" to stderr, for tests that wait for it. SAVE and SLOW: see below.
 """
 
 import os
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from pgolf import cli
+from pgolf import cli, finish
 from pgolf.errors import NumericalError
 from pgolf.train import Trainer
 
@@ -36,7 +36,7 @@ FAULTS = {
     "oom": huge,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "sleep": lambda: time.sleep(600),
+    "sleep": lambda: time.sleep(12),
     "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "none": lambda: None,
 }
@@ -49,18 +49,37 @@ def step(self, lr_scale, step_number):
     if "SAY_STEPS" in os.environ:
         print(f"rank {me} reached step {step_number}", file=sys.stderr, flush=True)
     if (me, step_number) == (rank, int(at)) and self.step_number == step_number:
+        print(f"fault in process {os.getpid()}", flush=True)
         FAULTS[kind]()
     return take_step(self, lr_scale, step_number)
 
 
 def save(self, why):
-    # a collective, as the real one
+    """SAVE=collective: a collective, as the real one is. SAVE=slow: takes a minute."""
+    if os.environ["SAVE"] == "slow":
+        print("saving slowly", file=sys.stderr, flush=True)
+        time.sleep(60)
     total = int(self.dist.all_reduce_sum_(torch.tensor(self.step_number)))
     self.log.line(f"saved {why} at step {self.step_number}, sum over ranks {total}")
 
 
+def slowly(function, what, rank):
+    """`function` that takes SLOW seconds more on that rank."""
+
+    def wrapped(*args, **kwargs):
+        if me == rank:
+            print(f"slow {what}", flush=True)
+            time.sleep(float(os.environ["SLOW"]))
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
 Trainer.step = step
-if os.environ.get("STUB_SAVE"):
+if "SLOW" in os.environ:
+    finish.write_submission = slowly(finish.write_submission, "pack", "0")
+    Trainer.validate = slowly(Trainer.validate, "validation", "1")
+if "SAVE" in os.environ:
     Trainer.save = save
 if __name__ == "__main__":
     sys.exit(cli.main())
