@@ -322,6 +322,7 @@ def _run(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, began: floa
     for note in settings.notes:
         log.line(f"note: {note}")
     log.line(f"run: {run_dir}  preset:{cfg.preset} seed:{cfg.train.seed} config digest:{config.digest(cfg)[:16]}")
+    finish.check_ready(cfg)
     saved = resume.load(settings, run_dir, dist, log)
     trainer = Trainer(cfg, dist, log, ledger)
     if saved:
