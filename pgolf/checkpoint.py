@@ -144,7 +144,8 @@ def _refuse_non_finite(tensors: Mapping[str, Tensor], name: str) -> None:
         )
 
 
-def _library():
+def library():
+    """safetensors. Raises SetupError with the line that installs it."""
     try:
         import safetensors.torch
     except ImportError as err:
@@ -155,14 +156,14 @@ def _library():
 
 
 def _serialise(tensors: Mapping[str, Tensor]) -> bytes:
-    return _library().torch.save(dict(tensors))
+    return library().torch.save(dict(tensors))
 
 
 def _deserialise(data: bytes, path: Path) -> dict[str, Tensor]:
-    library = _library()
+    safetensors = library()
     try:
-        return library.torch.load(data)
-    except (library.SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as err:
+        return safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as err:
         raise ArtifactError(f"{path} is no tensor file that this version reads: {err}") from err
 
 

@@ -19,6 +19,7 @@ from pgolf import aliases, tree
 from pgolf.errors import ConfigError
 from pgolf.not_yet import INERT, NOT_YET, TRAINING, family_of
 from pgolf.presets import PRESETS, default_preset, one_liner
+from pgolf.result import write_file
 from pgolf.schema import RunConfig, TrainConfig
 from pgolf.tree import diff, from_dict, to_dict
 
@@ -306,8 +307,8 @@ def describe(settings: Settings, facts: Callable[[RunConfig], dict[str, Any]] = 
 
 
 def write(settings: Settings, path: Path) -> None:
-    """`describe` as a JSON file."""
-    Path(path).write_text(json.dumps(describe(settings), indent=2) + "\n", encoding="utf-8")
+    """`describe` as a JSON file. Raises SetupError when it cannot be written."""
+    write_file(Path(path), (json.dumps(describe(settings), indent=2) + "\n").encode())
 
 
 def variables_of() -> dict[str, list[str]]:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pgolf import limits, result
-from pgolf.artifact import budget
+from pgolf import checkpoint, limits, result
+from pgolf.artifact import budget, codecs
 from pgolf.artifact.bundle import bundle
 from pgolf.artifact.model_io import load_model, save_model
 from pgolf.config import RunConfig
 from pgolf.data.batch import Batch
-from pgolf.data.shards import write_synced
 from pgolf.errors import BudgetError
 from pgolf.eval.base import EvalResult, Evaluator, evaluate
 from pgolf.eval.windowed import PlainWindows, SlidingWindows
@@ -22,6 +21,14 @@ from pgolf.model.gpt import GPT, parameter_count
 
 if TYPE_CHECKING:
     from pgolf.train import Trainer
+
+
+def check_ready(cfg: RunConfig) -> None:
+    """Before the first step: what will be needed to save and to export is here. Raises SetupError when a package is
+    missing and ConfigError on a level that the codec does not have."""
+    codecs.get(cfg.quant.codec).compress(b"", cfg.quant.level)
+    if cfg.train.keep_checkpoints:
+        checkpoint.library()
 
 
 def plain_windows(cfg: RunConfig) -> PlainWindows:
@@ -50,7 +57,7 @@ def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
     label = f"{cfg.quant.matrix}_{cfg.quant.codec}_roundtrip"
     trainer.safe_point("before packing")
     with log.phase("pack", ledger):
-        artifact, code = dist.broadcast_object(write_submission(trainer, run_dir) if dist.is_main else None)
+        artifact, code = dist.on_main(lambda: write_submission(trainer, run_dir))
     report = budget.account(artifact, code)
     log.sizes(report.artifact_bytes, report.code_bytes, f"{cfg.quant.matrix}+{cfg.quant.codec}")
     model = load_model(artifact, device=trainer.device, compute_dtype=trainer.runtime.compute_dtype)
@@ -67,8 +74,8 @@ def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
     if trainer.device.type == "cuda":
         log.peak_memory(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
     facts = gather(trainer, floats, packed, slid, report, began)
+    dist.on_main(lambda: result.write_result(run_dir, facts))
     if dist.is_main:
-        result.write_result(run_dir, facts)
         result.plot_curves(run_dir / "events.jsonl", run_dir / "curves.png", say=log.line)
     result.print_result(facts, log.line)
     log.line(f"run directory: {run_dir}")
@@ -92,12 +99,13 @@ def check_time(trainer: Trainer, late: list[str]) -> None:
 
 
 def write_submission(trainer: Trainer, run_dir: Path) -> tuple[bytes, bytes]:
-    """Writes the two files that count against the limit; returns their bytes: (artifact, code)."""
+    """Writes the two files that count against the limit; returns their bytes: (artifact, code). Raises SetupError."""
     sha256 = trainer.data.tokenizer_sha256
     artifact = save_model(trainer.model, trainer.infos, trainer.cfg.quant, sha256, trainer.ledger.phase)
     code = bundle()
+    fix = f"free some space, and go on where training ended: RESUME={run_dir}" if trainer.saver else "free some space"
     for name, data in (("model.pgolf", artifact), ("train_gpt_bundle.py", code)):
-        write_synced(run_dir / name, data)
+        result.write_file(run_dir / name, data, fix)
     return artifact, code
 
 

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import pgolf
+from pgolf.result import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 # What speed depends on; the commit and the measured rates are compared too, but are not part of the digest.
@@ -54,10 +55,8 @@ def fingerprint(cache_dir: str | Path = "", torch: ModuleType | None = None) -> 
 
 def record(run_dir: Path, cache_dir: str | Path = "") -> dict[str, Any]:
     """Writes this node's fingerprint to `run_dir`/node.json and returns it."""
-    from pgolf.data.shards import write_synced  # brings numpy, which finding a fingerprint does not need
-
     here = fingerprint(cache_dir)
-    write_synced(run_dir / "node.json", (json.dumps(here, indent=2) + "\n").encode())
+    write_file(run_dir / "node.json", (json.dumps(here, indent=2) + "\n").encode())
     return here
 
 

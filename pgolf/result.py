@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ REQUIRED = (
 
 
 def write_result(run_dir: str | Path, result: Mapping[str, Any]) -> Path:
-    """Writes `run_dir`/result.json in one piece: a reader sees the old file or the new one, never half of one.
+    """Writes `run_dir`/result.json, see `write_file`.
 
     Raises PgolfError when a required key is missing, NumericalError on a non-finite number (JSON has none) and
     SetupError when the folder cannot be written.
@@ -36,12 +37,19 @@ def write_result(run_dir: str | Path, result: Mapping[str, Any]) -> Path:
         raise NumericalError(
             f"result: a number is not finite ({err}); the run diverged, its result means nothing"
         ) from err
-    path = Path(run_dir) / "result.json"
-    temp = path.with_name(f".result.json.{os.getpid()}")
+    return write_file(Path(run_dir) / "result.json", text.encode())
+
+
+def write_file(path: Path, data: bytes, fix: str = "free some space or set train.out_dir") -> Path:
+    """Writes a file of a run in one piece: a reader sees the old one or the new one, never half of one.
+
+    Raises SetupError, which ends in `fix`, when it cannot be written.
+    """
+    temp = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temp, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temp, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)
@@ -49,9 +57,15 @@ def write_result(run_dir: str | Path, result: Mapping[str, Any]) -> Path:
         with suppress(OSError):
             temp.unlink()
         raise SetupError(
-            f"{path}: cannot write the result ({err.strerror}); free some space or set train.out_dir"
+            f"{path} cannot be written ({err.strerror}): it needs {len(data):,} bytes{_free(path)}\nfix: {fix}"
         ) from err
     return path
+
+
+def _free(path: Path) -> str:
+    with suppress(OSError):
+        return f", {shutil.disk_usage(path.parent).free:,} are free"
+    return ""
 
 
 def print_result(result: Mapping[str, Any], write: Callable[[str], None] = print) -> None:

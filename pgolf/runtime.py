@@ -3,9 +3,13 @@ Chosen once, printed once, never changed behind the user's back."""
 
 from __future__ import annotations
 
+import errno
+import mmap
 import platform
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -80,7 +84,9 @@ def choose(
     paths = {op: choice.value for op, choice in chosen.items()}
     if paths.get("attention") in ("fa3", "cudnn") and ops["attention"] == "auto":
         paths["attention"] = "auto"  # by call: another length or head width may need another back end
-    return Runtime(device, in_dtype, _compile(cuda, compile), chosen, paths, _weight_cast(cuda, weight_cast))
+    compiling = _compile(cuda, compile)
+    check_code_caches(compiling.value == "on", cuda)
+    return Runtime(device, in_dtype, compiling, chosen, paths, _weight_cast(cuda, weight_cast))
 
 
 def check_arch(device: torch.device) -> None:
@@ -125,6 +131,45 @@ def _dtype(device: torch.device, asked: str) -> Choice:
     if bf16:
         return Choice("bf16", "compute capability 8.0 or higher")
     return Choice("fp32", "no bf16 on this GPU" if device.type == "cuda" else "bf16 products are far slower on CPUs")
+
+
+def check_code_caches(compiling: bool, cuda: bool) -> None:
+    """SetupError when a cache of compiled code cannot be written to, or code not be loaded from it: else an import or
+    the first graph would fail, with a traceback of torch's own."""
+    places: dict[str, Callable[[], str]] = {"TORCHINDUCTOR_CACHE_DIR": _inductor_cache}
+    if cuda and triton is not None:
+        places["TRITON_CACHE_DIR"] = lambda: triton.knobs.cache.dir
+    for variable, place in places.items():
+        try:
+            folder = Path(place())
+            if compiling or cuda:
+                _load_from(folder)
+        except OSError as err:
+            why = "it is mounted noexec" if err.errno == errno.EPERM else err.strerror
+            raise SetupError(
+                f"compiled code cannot be kept in the folder of {variable}: {why}{_named(err)}\n"
+                f"Set {variable} to a folder that can be written and that programs may be run from."
+            ) from err
+
+
+def _inductor_cache() -> str:
+    """Makes the folder, as importing torch._dynamo does, which torch's optimisers import without compiling anything."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
+
+
+def _named(err: OSError) -> str:
+    return f" ({err.filename})" if err.filename else ""
+
+
+def _load_from(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(mmap.PAGESIZE))
+        file.flush()
+        if hasattr(mmap, "PROT_EXEC"):  # as loading a library does; not on Windows
+            mmap.mmap(file.fileno(), mmap.PAGESIZE, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC).close()
 
 
 def _compile(cuda: bool, asked: str) -> Choice:

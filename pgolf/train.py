@@ -392,6 +392,7 @@ def _run(
     for note in settings.notes:
         log.line(f"note: {note}")
     log.line(f"run: {run_dir}  preset:{cfg.preset} seed:{cfg.train.seed} config digest:{config.digest(cfg)[:16]}")
+    finish.check_ready(cfg)
     saved = resume.load(settings, run_dir, dist, log)
     dist.report(lambda: (ledger.current or "start", 0), log.line)
     trainer = Trainer(cfg, dist, log, ledger, stop)

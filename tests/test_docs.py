@@ -1,5 +1,6 @@
 """The pages that users read agree with the code."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -21,6 +22,20 @@ def test_errors_page_lists_every_exit_code():
     classes = [errors.PgolfError, *errors.PgolfError.__subclasses__()]
     assert {str(c.exit_code): c.__name__ for c in classes if c.__module__ == "pgolf.errors"}.items() <= rows.items()
     assert set(map(int, rows)) == set(cli.exit_codes())
+
+
+def test_every_test_that_the_fault_table_names_exists():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    defined = {}
+    for path, name in named:
+        if path not in defined:
+            defined[path] = {n.name for n in ast.walk(ast.parse((ROOT / path).read_text())) if hasattr(n, "name")}
+        assert name in defined[path], f"docs/reliability.md names {path}::{name}"
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| fault")]
+    untested = [row for row in rows if "::" not in row and "not noticed" not in row and not row.endswith(" - |")]
+    assert len(named) > 50 and not untested, untested
+    assert set(re.findall(r"\| (\d+)(?:, \d+)* \|", text)) <= {*map(str, cli.exit_codes()), "137"}
 
 
 @pytest.mark.parametrize(

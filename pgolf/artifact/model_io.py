@@ -54,13 +54,22 @@ def load_model(data: bytes, *, device: torch.device | str = "cpu", compute_dtype
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     got = {name: tuple(w.shape) for name, w in weights.items()}
     if got != expected:
-        odd = sorted(set(got.items()) ^ set(expected.items()))[:3]
-        raise ArtifactError(f"artifact: its tensors are not those of the model it describes, for example {odd}")
+        raise ArtifactError(f"artifact: its tensors are not those of the model it describes: {_odd(got, expected)}")
     model.to_empty(device="cpu").set_rope_()
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(weights[name])
     return model.to(device).eval()
+
+
+def _odd(got: dict[str, tuple], expected: dict[str, tuple]) -> str:
+    """What does not fit, by kind, the first of each."""
+    kinds = {
+        "missing": sorted(expected.keys() - got.keys()),
+        "unexpected": sorted(got.keys() - expected.keys()),
+        "of another shape": sorted(n for n in got.keys() & expected.keys() if got[n] != expected[n]),
+    }
+    return "; ".join(f"{len(names)} {kind} ({', '.join(names[:2])})" for kind, names in kinds.items() if names)
 
 
 def _skeleton(meta: dict, n_tensors: int, compute_dtype: torch.dtype) -> GPT:
