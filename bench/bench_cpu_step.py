@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pgolf import config, presets
+from pgolf.clock import TimeLedger
 from pgolf.data.batch import Batch
-from pgolf.dist import Dist, TimeLedger
+from pgolf.dist import Dist
 from pgolf.log import RunLog
 from pgolf.model.gpt import GPT
 from pgolf.train import Trainer

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from pgolf import runtime
+from pgolf.clock import TimeLedger
 from pgolf.config import RunConfig
 from pgolf.data.batch import Batch
-from pgolf.dist import Dist, Rank, TimeLedger
+from pgolf.dist import Dist, Rank
 from pgolf.kernels._op import paths
 from pgolf.kernels._triton import triton
 from pgolf.model.gpt import GPT

@@ -104,7 +104,7 @@ def _main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
         print("\n".join(dry_run.lines(settings.config)))
         return 0
-    from pgolf.train import run  # imports torch
+    from pgolf.run import run  # imports torch
 
     run(settings)
     return 0

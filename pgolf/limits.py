@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 
 from pgolf import signals
-from pgolf.dist import Clock, Dist, TimeLedger
+from pgolf.clock import Clock, TimeLedger
+from pgolf.dist import Dist
 from pgolf.errors import BudgetError
 from pgolf.signals import Stop
 

@@ -153,7 +153,7 @@ class RunLog:
 
     @contextmanager
     def phase(self, name: str, ledger=None) -> Iterator[None]:
-        """Announces a phase, and how long it took; also books it in `ledger` (`pgolf.dist.TimeLedger`) if given."""
+        """Announces a phase, and how long it took; also books it in `ledger` (`pgolf.clock.TimeLedger`) if given."""
         began = time.monotonic()
         self.event("phase_start", name=name)
         self.line(f"phase:{name} started")

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pgolf.clock import ledger_lines
 from pgolf.errors import NumericalError, PgolfError, SetupError
 
 LIMIT = 16_000_000  # bytes, decimal; repeats pgolf.artifact.budget.LIMIT, which a leaf may not import
@@ -89,8 +90,6 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     ]
     lines += ["Bits per byte", *_score_lines(result), "Bytes", *_byte_lines(result)]
     if result.get("ledger"):
-        from pgolf.dist import ledger_lines  # lazy: it brings torch, which writing a result does not need
-
         lines += ["Time", *("  " + line for line in ledger_lines(result["ledger"], result.get("time_limits")))]
     return lines
 

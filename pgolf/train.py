@@ -1,29 +1,25 @@
-"""The training loop: warm-up, step, phases, cap, averaging, then `pgolf.finish` for everything behind the clock."""
+"""The training loop: warm-up, step, phases, cap, averaging. `pgolf.finish` does everything behind the clock."""
 
 from __future__ import annotations
 
 import copy
-import time
-import uuid
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pgolf import config, faults, finish, limits, node, resume, runtime, signals
-from pgolf.config import RunConfig, Settings
+from pgolf import finish, limits, runtime, signals
+from pgolf.clock import Clock, TimeLedger
+from pgolf.config import RunConfig
 from pgolf.data.batch import Batch
 from pgolf.data.loaders import LOADERS, Prefetcher
 from pgolf.data.source import open_data
-from pgolf.dist import Clock, Dist, TimeLedger, start
-from pgolf.errors import BudgetError, ConfigError, NumericalError, Stopped
+from pgolf.dist import Dist
+from pgolf.errors import BudgetError, NumericalError, Stopped
 from pgolf.eval.base import EvalResult, Evaluator, evaluate
-from pgolf.kernels._op import paths
 from pgolf.log import RunLog
-from pgolf.model import plan
-from pgolf.model.gpt import GPT, parameter_count
+from pgolf.model.gpt import GPT
 from pgolf.model.objective import Objective
 from pgolf.model.roles import roles_of
 from pgolf.optim.average import Averager
@@ -36,11 +32,11 @@ from pgolf.phases import Phases
 from pgolf.quant.weight_cast import WeightCast, bank_weights
 from pgolf.recompiles import Recompiles
 from pgolf.signals import Stop
-from pgolf.snapshot import FOLDER, Saver
+from pgolf.snapshot import Saver
 
 
 class Trainer:
-    """Everything that a run holds while the clock is running. Built by `run`."""
+    """Everything that a run holds while the clock is running. Built by `pgolf.run`."""
 
     def __init__(self, cfg: RunConfig, dist: Dist, log: RunLog, ledger: TimeLedger, stop: Stop | None = None):
         self.cfg, self.dist, self.log, self.ledger = cfg, dist, log, ledger
@@ -197,8 +193,13 @@ class Trainer:
         """Steps until `iterations` or the cap, whichever comes first. A signal ends it after a step, saved."""
         if self.runtime.compile.value == "on":
             self.recompiles = Recompiles()
-        with self.dist.within(self.cfg.train.collective_timeout_s):
-            self._steps()
+        try:
+            with self.dist.within(self.cfg.train.collective_timeout_s):
+                self._steps()
+        except Stopped:  # on all ranks
+            if self.saver:
+                self.saver.save()
+            raise
 
     def _steps(self) -> None:
         """The loop; every decision comes from rank 0's clock."""
@@ -226,7 +227,7 @@ class Trainer:
             self.clock.tick(self.stop.code)
             self.note_recompiles()
             self._report(loss)
-            if self.saver and (self.saver.due or self.clock.stop_code):
+            if self.saver and self.saver.due:
                 self.saver.save()
             signals.check(self.clock.stop_code, f"after step {self.step_number}")
             self._validate_where_due()
@@ -329,115 +330,3 @@ class Pace:
 def budget_used(now: Progress) -> float:
     """Share of the run that is over, 0 to 1: by the clock when there is a cap, by steps when not."""
     return now.elapsed_ms / now.cap_ms if now.cap_ms else now.step / now.iterations
-
-
-def group_lines(optim: Optimizers) -> list[str]:
-    """A line per optimiser group, for the log."""
-    return [
-        f"group {g.name}: {len(g.params)} tensors, {sum(p.numel() for p in g.params):,} numbers, lr {g.lr:g},"
-        f" weight decay {g.weight_decay:g}"
-        for g in optim.groups
-    ]
-
-
-def run(settings: Settings) -> dict:
-    """Trains, exports, reloads and scores one run; returns what is written to result.json."""
-    began = time.monotonic()
-    dist = start(settings.config.train.device)
-    with signals.catching(speak=dist.is_main) as stop:
-        try:
-            run_dir = make_run_dir(settings, dist)
-            with RunLog(run_dir, dist.rank) as log, resume.claimed(run_dir, dist):
-                facts = _explained(settings, run_dir, dist, log, stop, began)
-        except Exception as err:
-            # torchrun ends all when the first one ends, and its signal finds the others on their way out
-            stop.leaving = dist.world_size > 1
-            if isinstance(err, Stopped):
-                dist.close()
-                raise
-            shown = dist.blame(err)
-            dist.abandon()
-            if shown is err:
-                raise
-            raise shown from err
-    dist.close()
-    return facts
-
-
-def _explained(settings: Settings, run_dir: Path, dist: Dist, log: RunLog, stop: Stop, began: float) -> dict:
-    """The run, with its errors explained and logged."""
-    cfg, ledger = settings.config, TimeLedger()
-    try:
-        return _run(settings, run_dir, dist, log, ledger, stop, began)
-    except Stopped as err:
-        log.event("stopped", code=err.exit_code, message=str(err))
-        log.line(f"stopped: {err}", console=False)
-        raise
-    except Exception as err:
-        told = faults.explain(err, ledger.failed_in, cfg, dist.device)
-        log.event("error", error=type(told).__name__, message=str(told), phase=ledger.failed_in)
-        if told is err:
-            raise
-        raise told from err
-
-
-def _run(
-    settings: Settings, run_dir: Path, dist: Dist, log: RunLog, ledger: TimeLedger, stop: Stop, began: float
-) -> dict:
-    cfg = settings.config
-    if dist.is_main:
-        config.write(settings, run_dir / "config.json")
-    here = node.record(run_dir, cfg.data.cache_dir) if dist.is_main else {}
-    log.event("node", **here)
-    for note in settings.notes:
-        log.line(f"note: {note}")
-    log.line(f"run: {run_dir}  preset:{cfg.preset} seed:{cfg.train.seed} config digest:{config.digest(cfg)[:16]}")
-    finish.check_ready(cfg)
-    saved = resume.load(settings, run_dir, dist, log)
-    dist.report(lambda: (ledger.current or "start", 0), log.line)
-    trainer = Trainer(cfg, dist, log, ledger, stop)
-    if saved:
-        resume.check_data(trainer, saved, settings)
-    trainer.node = here.get("digest")
-    dist.report(lambda: (ledger.current or "start", trainer.step_number), log.line)
-    trainer.safe_point("before warm-up")
-    for line in [*trainer.runtime.lines(), *trainer.data.lines]:
-        log.line(line)
-    log.line(f"model_params:{parameter_count(trainer.model)}")
-    for line in [*plan.table(trainer.model.plan), *group_lines(trainer.optim)]:
-        log.line(line, console=False)
-    per_rank = f"{trainer.loader.micro_steps} micro-batches per rank and step"
-    log.line(f"world_size:{dist.world_size} tokens per step:{trainer.loader.tokens_per_step} ({per_rank})")
-    with paths(**trainer.runtime.paths):
-        with log.phase("compile", ledger):
-            trainer.warm_up()
-        if saved:
-            resume.restore(trainer, saved)
-        if cfg.train.keep_checkpoints:
-            trainer.saver = Saver(trainer, run_dir / FOLDER)
-        with log.phase("train", ledger):
-            trainer.train()
-        trainer.loader.close()
-        return finish.finish(trainer, run_dir, began)
-
-
-def make_run_dir(settings: Settings, dist: Dist) -> Path:
-    """`out_dir/run_id`, new; rank 0 names it. Raises ConfigError when a run of that name is already there.
-
-    For a resumed run the folder that it goes on in.
-    """
-    train = settings.config.train
-
-    def choose() -> Path:
-        if train.resume:
-            return resume.run_folder(settings)
-        name = train.run_id or f"{settings.config.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        path = Path(train.out_dir) / name
-        if path.exists() and any(path.iterdir()):
-            raise ConfigError(
-                f"{path} holds an earlier run, which is left untouched: choose another RUN_ID, remove it,"
-                " or go on with it (RESUME=auto)"
-            )
-        return path
-
-    return dist.on_main(choose)

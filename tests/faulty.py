@@ -1,6 +1,6 @@
 """train_gpt.py with a fault: FAULT=kind:rank:step happens on that rank when it starts that step. Run under torchrun.
 
-SAY_STEPS prints "rank R reached step N" to stderr, for tests that wait for it. SAVE and SLOW: see below.
+SAY_STEPS prints "rank R reached step N" to stderr, for tests that wait for it. SLOW and SLOW_SAVE: see below.
 """
 
 import os
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from pgolf import cli, finish
+from pgolf import checkpoint, cli, finish
 from pgolf.errors import NumericalError
 from pgolf.train import Trainer
 
@@ -54,13 +54,11 @@ def step(self, lr_scale, step_number):
     return take_step(self, lr_scale, step_number)
 
 
-def save(self, why):
-    """SAVE=collective: a collective, as the real one is. SAVE=slow: takes a minute."""
-    if os.environ["SAVE"] == "slow":
-        print("saving slowly", file=sys.stderr, flush=True)
-        time.sleep(60)
-    total = int(self.dist.all_reduce_sum_(torch.tensor(self.step_number)))
-    self.log.line(f"saved {why} at step {self.step_number}, sum over ranks {total}")
+def save_slowly(folder, *args):
+    """A checkpoint that takes a minute more."""
+    print("saving slowly", file=sys.stderr, flush=True)
+    time.sleep(60)
+    return write(folder, *args)
 
 
 def slowly(function, what, rank):
@@ -79,7 +77,8 @@ Trainer.step = step
 if "SLOW" in os.environ:
     finish.write_submission = slowly(finish.write_submission, "pack", "0")
     Trainer.validate = slowly(Trainer.validate, "validation", "1")
-if "SAVE" in os.environ:
-    Trainer.save = save
+write = checkpoint.write
+if "SLOW_SAVE" in os.environ:
+    checkpoint.write = save_slowly
 if __name__ == "__main__":
     sys.exit(cli.main())

@@ -24,8 +24,9 @@ import torch._dynamo  # an optimiser imports it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pgolf import checkpoint, config, finish
-from pgolf import train as training
 from pgolf.checkpoint import MANIFEST, STATE
+from pgolf.run import run
+from pgolf.train import Trainer
 
 torch.set_num_threads(1)
 finish.bundle = lambda: b"code"  # 1.4 s a run, and nothing of it is asked here
@@ -98,7 +99,7 @@ def in_a_step(nth, delay):
         threading.Thread(target=wait, daemon=True).start()
         return original(*args)
 
-    counted(training.Trainer, "step", nth, start_timer)
+    counted(Trainer, "step", nth, start_timer)
 
 
 def child(out, run_id, overrides, prepare, seconds=None):
@@ -113,7 +114,7 @@ def child(out, run_id, overrides, prepare, seconds=None):
             settings = config.load(
                 [f"train.out_dir={out}", f"train.run_id={run_id}", "train.resume=auto", *overrides], dict(os.environ)
             )
-            training.run(settings)
+            run(settings)
             code = 0
         except BaseException:
             import traceback

@@ -19,12 +19,13 @@ LAYERS = [
     {"phases", "finish", "dry_run", "diagnose", "snapshot"},
     {"resume"},
     {"train"},
+    {"run"},
     {"cli", "lab"},
     {"doctor"},
     {"__main__"},
 ]
 LEAVES = {
-    "data", "dist", "log", "errors", "node", "result", "runtime", "tree", "checkpoint",
+    "data", "clock", "dist", "log", "errors", "node", "result", "runtime", "tree", "checkpoint",
     "signals", "heartbeat", "limits", "faults", "recompiles",
 }  # fmt: skip
 READS_ENVIRON = {"pgolf/config.py", "pgolf/dist.py", "pgolf/cli.py"}

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from pgolf.dist import Clock, Dist, Rank, TimeLedger, ledger_lines, start
+from pgolf.clock import Clock, TimeLedger, ledger_lines
+from pgolf.dist import Dist, Rank, start
 from pgolf.errors import DistributedError, SetupError
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pgolf import cli, finish, limits
-from pgolf.dist import Dist, TimeLedger, ledger_lines
+from pgolf.clock import TimeLedger, ledger_lines
+from pgolf.dist import Dist
 from pgolf.errors import BudgetError, Stopped
 from pgolf.eval.base import evaluate
 from pgolf.eval.windowed import PlainWindows

@@ -27,15 +27,16 @@ def _run(rank, port, out):
     import torch
 
     torch.set_num_threads(1)
-    from pgolf import config, dist, limits, train
+    from pgolf import clock, config, limits, train
+    from pgolf.run import run
 
     def skewed() -> float:
         return 1e5 * rank + (1 + rank) * time.monotonic()  # rank 1's is twice as fast, rank 2's three times
 
-    def clock(*args, **kwargs):
-        return dist.Clock(*args, **(kwargs | {"now": skewed}))
+    def skewed_clock(*args, **kwargs):
+        return clock.Clock(*args, **(kwargs | {"now": skewed}))
 
-    train.Clock = limits.Clock = clock
+    train.Clock = limits.Clock = skewed_clock
     seen = {"scales": [], "progress": [], "own": [], "phases": []}
     take_step, apply = train.Trainer.step, train.Phases.apply
     began = []
@@ -57,7 +58,7 @@ def _run(rank, port, out):
     overrides = [f"train.out_dir={out}", "train.run_id=r", "train.device=cpu", "train.iterations=100000"]
     overrides += ["train.max_wallclock_seconds=1.2", "train.val_loss_every=5", "eval.max_tokens=256", "eval.stride=0"]
     overrides += ["schedule.warmdown_iters=20", "train.train_log_every=0", "data.micro_batches=1"]
-    result = train.run(config.load(overrides, {"PRESET": "smoke"}))
+    result = run(config.load(overrides, {"PRESET": "smoke"}))
     return seen | {"steps": result["steps"], "ms": result["train_seconds"], "bpb": result["val_bpb_artifact"]}
 
 

@@ -20,7 +20,7 @@ from pgolf.checkpoint import MANIFEST, STATE
 from pgolf.config import digest
 from pgolf.dist import Dist
 from pgolf.errors import ArtifactError, ConfigError, DataError, NumericalError, SetupError
-from pgolf.train import run
+from pgolf.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
 # Averages and late QAT start between steps 10 and 20 of 60

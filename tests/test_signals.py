@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pgolf import cli, finish, signals, train
+from pgolf import cli, finish, signals, snapshot, train
 from pgolf.errors import Stopped
 from pgolf.signals import CODES, Stop, catching
 
@@ -147,10 +147,16 @@ def test_second_ctrl_c_ends_a_process_that_is_stuck_outside_python():
 
 @pytest.fixture
 def saves(monkeypatch):
-    """[(why, step, stop code)] of the checkpoints that were asked for."""
-    asked = []
-    monkeypatch.setattr(train.Trainer, "save", lambda self, why: asked.append((why, self.step_number, self.stop.code)))
-    return asked
+    """[(step, stop code)] of the checkpoints that were written."""
+    written = []
+    take = snapshot.snapshot
+
+    def patched(trainer):
+        written.append((trainer.step_number, trainer.stop.code))
+        return take(trainer)
+
+    monkeypatch.setattr(snapshot, "snapshot", patched)
+    return written
 
 
 def command(out, *overrides) -> tuple[int, Path]:
@@ -178,7 +184,7 @@ def test_training_finishes_the_step_saves_and_ends_with_the_code(name, tmp_path,
     sent = send_when(monkeypatch, train.Trainer, "step", name, lambda self, scale, n: n == self.step_number == 3)
     code, path = command(tmp_path, "train.val_loss_every=0")
     assert sent and code == CODES[name]
-    assert saves == [("signal", 4, CODES[name])]
+    assert saves == [(4, CODES[name])]
     assert f"stopped: {name} after step 4" in capsys.readouterr().err
     events = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if e["kind"] == "step"][-1] == 4
@@ -197,7 +203,7 @@ def test_warm_up_ends_without_a_checkpoint(tmp_path, monkeypatch, capsys, saves)
 def test_a_validation_is_dropped_and_the_step_before_it_saved(tmp_path, monkeypatch, capsys, saves):
     send_when(monkeypatch, train.Trainer, "validate", "SIGTERM", lambda self, *_: self.step_number == 10)
     code, path = command(tmp_path, "eval.batch_tokens=64", "train.val_loss_every=10")
-    assert code == 143 and saves == [("signal", 10, 143)]
+    assert code == 143 and saves == [(10, 143)]
     assert "SIGTERM during validation, at 1 of " in capsys.readouterr().err
     assert "val_loss" not in (path / "train.log").read_text()
 
@@ -218,7 +224,7 @@ def test_the_export_ends_between_its_stages(where, method, tmp_path, monkeypatch
 
         monkeypatch.setattr(finish, "score", patched)
     code, path = command(tmp_path, "eval.batch_tokens=64", "train.iterations=2")
-    assert code == 143 and saves == []
+    assert code == 143 and saves == [(2, 0)]
     assert f"SIGTERM {where}" in capsys.readouterr().err
     assert (path / "model.pgolf").exists() == (where != "before packing") and not (path / "result.json").exists()
 
@@ -251,7 +257,7 @@ def until(process, text):
 @pytest.mark.slow
 def test_a_process_ends_with_143_of_sigterm_and_130_of_two_interrupts(tmp_path):
     """The second interrupt comes while the first one's checkpoint is being written."""
-    terminated, interrupted = launch(tmp_path / "a"), launch(tmp_path / "b", SAVE="slow")
+    terminated, interrupted = launch(tmp_path / "a"), launch(tmp_path / "b", SLOW_SAVE="1")
     try:
         until(terminated, "reached step 3")
         terminated.send_signal(signal.SIGTERM)

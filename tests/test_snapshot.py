@@ -11,8 +11,9 @@ from resuming import SHORT, assert_same_state, last, saving, text
 from test_train import events, launch, make_trainer, settings
 
 from pgolf import checkpoint, result, resume, snapshot
-from pgolf.dist import Clock, Dist
-from pgolf.train import run
+from pgolf.clock import Clock
+from pgolf.dist import Dist
+from pgolf.run import run
 
 
 def moved(trainer, out):

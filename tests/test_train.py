@@ -17,11 +17,12 @@ from helpers import VOCAB
 from pgolf import config, finish, tree
 from pgolf.artifact.model_io import load_model, save_model
 from pgolf.artifact.pack import unpack
+from pgolf.clock import TimeLedger
 from pgolf.config import RunConfig
 from pgolf.data.batch import Batch
 from pgolf.data.shards import read_shard
 from pgolf.data.tokenizer import ByteTable, brute_force_bytes, load_tokenizer
-from pgolf.dist import Dist, TimeLedger
+from pgolf.dist import Dist
 from pgolf.errors import BudgetError, ConfigError, NumericalError
 from pgolf.log import RunLog
 from pgolf.model.gpt import GPT, parameter_count
@@ -32,7 +33,8 @@ from pgolf.optim.step import Optimizers
 from pgolf.phases import Phases
 from pgolf.presets import PRESETS
 from pgolf.quant import fake_quant
-from pgolf.train import Trainer, run
+from pgolf.run import run
+from pgolf.train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 

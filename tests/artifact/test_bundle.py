@@ -18,7 +18,7 @@ FILES = {
     "train_gpt.py": '''
         """The entry."""
         import sys  # comment
-        from pgolf.train import run
+        from pgolf.run import run
 
         if __name__ == "__main__":
             sys.exit(run(sys.argv[1:]))
