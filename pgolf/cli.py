@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pgolf
-from pgolf import aliases, config, errors, tree
+from pgolf import aliases, config, errors, node, tree
 from pgolf.config import NODES, RunConfig
 from pgolf.errors import ConfigError, PgolfError, Stopped
 from pgolf.presets import PRESETS, one_liner
@@ -96,6 +96,7 @@ def _main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     overrides = [a for a in argv if a not in flags] + ["train.compile=off"] * ("--no-compile" in flags)
     settings = config.load(overrides, environ)
     settings = replace(settings, allow_change=known_settings(allow_change))
+    node.check_torch()
     if "--describe" in flags:
         print(json.dumps(config.describe(settings, model_facts), indent=2))
         return 0

@@ -8,6 +8,7 @@ and cannot fail a run: what the machine does not tell is None.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -22,8 +23,10 @@ from types import ModuleType
 from typing import Any
 
 import pgolf
+from pgolf.errors import SetupError
 from pgolf.result import write_file
 
+TORCH = "2.9"  # the oldest that works; a test holds it to setup.py
 ROOT = Path(__file__).resolve().parent.parent
 # What speed depends on; the commit and the measured rates are compared too, but are not part of the digest.
 SPEED = ("host", "gpus", "driver", "versions")
@@ -205,6 +208,21 @@ def _versions(torch: ModuleType | None) -> dict[str, str | None]:
         cudnn = torch.backends.cudnn.version()
         out |= {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": None if cudnn is None else str(cudnn)}
     return out | {name: version_of(name) for name in ("triton", "numpy", "flash_attn_3")}
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The release of a version: "2.9.0a0+git1" is (2, 9, 0)."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def check_torch() -> None:
+    """SetupError when torch is missing or older than TORCH: imports of names that it lacks would fail, somewhere."""
+    version = version_of("torch")
+    if version is None and importlib.util.find_spec("torch") is None:
+        raise SetupError(f"torch is not installed: pip install 'torch>={TORCH}'")
+    if version and release(version) < release(TORCH):
+        raise SetupError(f"torch {version} is too old, expected {TORCH} or newer: pip install -U 'torch>={TORCH}'")
 
 
 def version_of(name: str) -> str | None:

@@ -6,7 +6,9 @@ import time
 import uuid
 from pathlib import Path
 
-from pgolf import config, faults, finish, node, resume, signals
+import torch
+
+from pgolf import config, faults, finish, neighbours, node, resume, signals
 from pgolf.clock import TimeLedger
 from pgolf.config import Settings
 from pgolf.dist import Dist, start
@@ -79,7 +81,7 @@ def _run(
         config.write(settings, run_dir / "config.json")
     here = node.record(run_dir, cfg.data.cache_dir) if dist.is_main else {}
     log.event("node", **here)
-    for note in settings.notes:
+    for note in [*settings.notes, *not_alone(dist)]:
         log.line(f"note: {note}")
     log.line(f"run: {run_dir}  preset:{cfg.preset} seed:{cfg.train.seed} config digest:{config.digest(cfg)[:16]}")
     finish.check_ready(cfg)
@@ -109,6 +111,16 @@ def _run(
             trainer.train()
         trainer.loader.close()
         return finish.finish(trainer, run_dir, began)
+
+
+def not_alone(dist: Dist) -> list[str]:
+    """A note for each rank that shares its GPU with another process. A collective, before any memory is allocated."""
+    said = ""
+    if dist.device.type == "cuda":
+        uuid = node.gpu_uuid(torch.cuda.get_device_properties(dist.device))
+        there = neighbours.others(dist.world_size)
+        said = neighbours.note(uuid, *torch.cuda.mem_get_info(dist.device), there)
+    return [f"rank {rank}: {text}" for rank, text in enumerate(dist.gather_objects(said)) if text]
 
 
 def make_run_dir(settings: Settings, dist: Dist) -> Path:

@@ -25,7 +25,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEAVES = {
-    "data", "clock", "dist", "log", "errors", "node", "result", "runtime", "tree", "checkpoint",
+    "data", "clock", "dist", "log", "errors", "node", "neighbours", "result", "runtime", "tree", "checkpoint",
     "signals", "heartbeat", "limits", "faults", "recompiles",
 }  # fmt: skip
 READS_ENVIRON = {"pgolf/config.py", "pgolf/dist.py", "pgolf/cli.py"}

@@ -1,4 +1,4 @@
-"""Several gloo processes train as one does: Parallel Muon, replicas, padding, what is sent; and one clock for all."""
+"""Several gloo processes train as one does: Parallel Muon, replicas, padding, what is sent."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ import torch.distributed as tdist
 import torch.multiprocessing as mp
 
 from pgolf.data.batch import Batch
-from pgolf.dist import Clock, Dist, Rank, start
+from pgolf.dist import Dist, Rank, start
 from pgolf.dry_run import exchanged
 from pgolf.model.gpt import GPT
 from pgolf.model.objective import Objective
@@ -21,7 +21,6 @@ from pgolf.optim.config import ClipConfig
 from pgolf.optim.exchange import is_split, padded, traffic_of
 from pgolf.optim.groups import build_groups
 from pgolf.optim.step import Optimizers
-from pgolf.phases import Phases
 from pgolf.presets import PRESETS
 from pgolf.quant.weight_cast import WeightCast, bank_weights
 
@@ -288,41 +287,3 @@ def test_state_moves_between_world_sizes_without_a_process_group():
     for whole, *shards in zip(one.optim.muon.pools, *pools, strict=True):
         held = torch.cat([p.momentum for p in shards]) if shards[0].is_split else shards[2].momentum
         assert torch.equal(held[: whole.matrices], whole.momentum) and not held[whole.matrices :].any()
-
-
-class Skewed:
-    """A clock that is elsewhere and 20 % fast, by rank."""
-
-    def __init__(self, rank: int):
-        self.at, self.rate = 1e5 * rank, 1.0 + 0.2 * rank
-
-    def __call__(self) -> float:
-        self.at += 0.01 * self.rate
-        return self.at
-
-
-def decide(dist: Dist) -> list:
-    """What a run decides from time: the lr scale, late QAT, the end."""
-    from pgolf.optim.schedule import Progress, lr_scale
-
-    cfg = PRESETS["rat_rod_green"]()
-    model = GPT(PRESETS["smoke"]().model, train_length=16)
-    phases = Phases(model, roles_of(model), cfg.quant)
-    clock, seen, step = Clock(dist, cap_ms=600.0, now=Skewed(dist.rank)), [], 0
-    schedule = replace(cfg.schedule, warmdown_iters=40, ignore_first_steps=2)
-    clock.start()
-    while not clock.expired:
-        scale = lr_scale(schedule, Progress(step, 20000, clock.elapsed_ms, clock.cap_ms))
-        seen.append((scale, [name for name, _ in phases.apply(scale)], clock.elapsed_ms))
-        clock.tick()
-        step += 1
-    return seen
-
-
-@pytest.mark.slow
-def test_decisions_are_one_clocks():
-    """Ranks with skewed clocks take the same rates, switch late QAT on at the same step, and end at the same step."""
-    first, second = on_ranks(2, decide)
-    assert first == second and len(first) > 20
-    assert [names for _, names, _ in first if names] == [["late_qat"]]
-    assert first[-1][0] < 0.1 < first[0][0] + 1e-9

@@ -108,7 +108,7 @@ def _batches(machine: Machine, with_bench: bool, bench: dict[str, Any]) -> Itera
 def bench_rows(machine: Machine, into: dict[str, Any]) -> Iterator[Row]:
     """Measures; leaves rates and the state under load in `into`, and the rates in the cache for later fingerprints."""
     if machine.torch is None:
-        yield Row("bench", FAIL, "no torch", f"pip install 'torch>={software.TORCH}'")
+        yield Row("bench", FAIL, "no torch", f"pip install 'torch>={node.TORCH}'")
         return
     from pgolf.dist import start
     from pgolf.doctor import bench

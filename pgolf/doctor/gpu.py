@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from pgolf import node
+from pgolf import neighbours, node
 from pgolf.doctor.rows import NONE, OK, WARN, Check, Machine, Row
 
-# torch's own context takes 0.3 to 0.6 GiB of each GPU that is asked.
-FOREIGN_GIB = 1.0
 STATE = {
     "uuid": "uuid",
     "clock_mhz": "clocks.sm",
@@ -99,97 +94,35 @@ def clock_row(name: str, row: Mapping[str, str]) -> Row:
 # -- memory and processes --------------------------------------------------------------------------------------------
 
 
-class Process(NamedTuple):
-    """A process on a GPU, as far as the system tells."""
-
-    uuid: str
-    pid: int
-    name: str
-    mib: float | None
-    user: str
-    age_s: float | None
-
-    def text(self) -> str:
-        parts = [f"pid {self.pid}", self.user, Path(self.name).name]
-        parts.append("memory unknown" if self.mib is None else f"{self.mib / 1024:.1f} GiB")
-        parts.append("" if self.age_s is None else f"for {age(self.age_s)}")
-        return " ".join(p for p in parts if p)
-
-
-def age(seconds: float) -> str:
-    """Seconds for people: minutes, hours, days."""
-    for unit, scale in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= scale:
-            return f"{seconds / scale:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def others(machine: Machine) -> list[Process]:
-    """Processes on the machine's GPUs but this one and, under torchrun, its sisters."""
-    text = machine.smi("--query-compute-apps=gpu_uuid,pid,used_memory,process_name", "--format=csv,noheader,nounits")
-    out = []
-    for line in (text or "").splitlines():
-        uuid, pid, mib, name = ([c.strip() for c in line.split(",", 3)] + [""] * 4)[:4]
-        if not pid.isdigit() or int(pid) == os.getpid():
-            continue
-        user, age_s, parent = _told_by_proc(machine.proc, int(pid))
-        if machine.ranks_here > 1 and parent == os.getppid():
-            continue
-        out.append(Process(uuid, int(pid), name, node.number(mib), user, age_s))
-    return out
-
-
-def _told_by_proc(proc: Path, pid: int) -> tuple[str, float | None, int | None]:
-    """(user, age in seconds, parent's pid) of a process; a container does not see those outside."""
-    user, age_s, parent = "", None, None
-    with suppress(OSError, ValueError, IndexError, AttributeError):  # AttributeError: no os.sysconf
-        uid = (proc / str(pid)).stat().st_uid
-        user = _user(uid)
-        fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()  # from field 3 on
-        parent = int(fields[1])
-        uptime = float((proc / "uptime").read_text().split()[0])
-        age_s = max(0.0, uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
-    return user, age_s, parent
-
-
-def _user(uid: int) -> str:
-    try:
-        import pwd
-
-        return pwd.getpwuid(uid).pw_name
-    except (ImportError, KeyError):
-        return f"uid {uid}"
-
-
 def memory(machine: Machine) -> Iterator[Row]:
     """Free memory of each visible GPU, and who holds the rest. Nobody is stopped."""
     if not machine.gpus:
         yield Row("gpu memory", NONE, "no CUDA device")
         return
-    everyone = others(machine)
+    everyone = neighbours.others(machine.ranks_here, machine.smi, machine.proc)
     for i, gpu in enumerate(machine.gpus):
         free, total = machine.torch.cuda.mem_get_info(i)
         uuid = node.gpu_uuid(gpu)
         yield _memory_row(i, free / 2**30, total / 2**30, [p for p in everyone if p.uuid == uuid], machine)
     known = {node.gpu_uuid(g) for g in machine.gpus}
     if odd := [p for p in everyone if p.uuid not in known and p.uuid.startswith("MIG-")]:
-        yield Row("gpu memory", WARN, f"on parts of GPUs (MIG): {_list(odd)}", "wait for them if they share your part")
+        yield Row(
+            "gpu memory",
+            WARN,
+            f"on parts of GPUs (MIG): {neighbours.listed(odd)}",
+            "wait for them if they share your part",
+        )
 
 
-def _memory_row(i: int, free: float, total: float, there: list[Process], machine: Machine) -> Row:
+def _memory_row(i: int, free: float, total: float, there: list[neighbours.Process], machine: Machine) -> Row:
     name, text = f"gpu {i} memory", f"{free:.1f} of {total:.1f} GiB free"
     if there:
         fix = "wait for it, stop it if it is yours, or choose another GPU with CUDA_VISIBLE_DEVICES"
-        return Row(name, WARN, f"{text}; {_list(there)}", fix)
-    if total - free > FOREIGN_GIB and machine.ranks_here == 1:
+        return Row(name, WARN, f"{text}; {neighbours.listed(there)}", fix)
+    if total - free > neighbours.FOREIGN_GIB and machine.ranks_here == 1:
         what = f"{text}; {total - free:.1f} GiB are held by processes that cannot be seen from here"
         return Row(name, WARN, what, "`nvidia-smi` outside of this container shows them; or choose another GPU")
     return Row(name, OK, f"{text}, no other process")
-
-
-def _list(processes: list[Process]) -> str:
-    shown = "; ".join(p.text() for p in processes[:4])
-    return shown + (f"; and {len(processes) - 4} more" if len(processes) > 4 else "")
 
 
 CHECKS: dict[str, Check] = {"gpu memory": memory, "clocks": clocks}

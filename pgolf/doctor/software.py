@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
 import shutil
 import sys
 import sysconfig
@@ -26,15 +25,9 @@ REQUIRED = {
     "rich": ("13", "rich"),
     "matplotlib": ("3.8", "matplotlib"),
 }
-TORCH, TRITON = "2.9", "3.5"
+TRITON = "3.5"
 CAPABILITY = (8, 0)  # of pgolf's kernels and of bf16
 WHEELS = "https://download.pytorch.org/whl"
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """The release of a version: "2.9.0a0+git1" is (2, 9, 0)."""
-    found = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def python(machine: Machine) -> Iterator[Row]:
@@ -58,9 +51,9 @@ def packages(machine: Machine) -> Iterator[Row]:
     """Each required package: there, new enough, importable."""
     if machine.torch is None:
         again = "--force-reinstall " if node.version_of("torch") else ""
-        yield Row("torch", FAIL, machine.torch_error or "not installed", f"pip install {again}'torch>={TORCH}'")
+        yield Row("torch", FAIL, machine.torch_error or "not installed", f"pip install {again}'torch>={node.TORCH}'")
     else:
-        yield _version_row("torch", machine.torch.__version__, TORCH)
+        yield _version_row("torch", machine.torch.__version__, node.TORCH)
     for name, (minimum, module) in REQUIRED.items():
         version = node.version_of(name)
         row = _version_row(name, version, minimum) if version else _missing(name, minimum)
@@ -71,7 +64,7 @@ def packages(machine: Machine) -> Iterator[Row]:
 
 
 def _version_row(name: str, version: str, minimum: str) -> Row:
-    if numbers(version) >= numbers(minimum):
+    if node.release(version) >= node.release(minimum):
         return Row(name, OK, version)
     return Row(name, FAIL, f"{version}, expected {minimum} or newer", f"pip install -U '{name}>={minimum}'")
 
@@ -158,7 +151,7 @@ def triton(machine: Machine) -> Iterator[Row]:
     if version is None:
         yield Row("triton", WARN if wanted else NONE, "not installed: plain torch instead of kernels", install)
         return
-    if numbers(version) < numbers(TRITON):
+    if node.release(version) < node.release(TRITON):
         yield Row("triton", bad, f"{version}, expected {TRITON} or newer", f"pip install -U 'triton>={TRITON}'")
         return
     if why := _import_error("triton"):
@@ -232,7 +225,7 @@ def _fa3(machine: Machine, hopper: bool) -> Iterator[Row]:
 
 
 def _cuda_major(machine: Machine) -> int:
-    return (numbers(machine.torch.version.cuda or "") or (12,))[0]
+    return (node.release(machine.torch.version.cuda or "") or (12,))[0]
 
 
 def kernel(machine: Machine) -> Iterator[Row]:

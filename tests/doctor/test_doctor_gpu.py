@@ -7,6 +7,7 @@ import sys
 import pytest
 from stand_ins import H100, UUID, Smi, gpu, machine, one
 
+from pgolf import neighbours
 from pgolf.doctor import gpu as checks
 from pgolf.doctor.rows import NONE, OK, WARN
 
@@ -90,7 +91,7 @@ def test_another_process_is_named_and_left_alone():
         assert row.status == WARN and "41.0 of 80.0 GiB free" in row.what
         assert f"pid {other.pid}" in row.what and "python3 38.0 GiB for " in row.what
         if hasattr(os, "geteuid"):
-            assert checks._user(os.geteuid()) in row.what
+            assert neighbours.user_name(os.geteuid()) in row.what
         assert "CUDA_VISIBLE_DEVICES" in row.fix and other.poll() is None
     finally:
         other.communicate(b"\n")
@@ -111,14 +112,14 @@ def test_this_process_and_its_sisters_do_not_count(monkeypatch):
     assert memory([(ID, os.getpid(), "500", "python")]).status == OK
     apps, ranks = [(ID, 999_999_999, "500", "python")], {"WORLD_SIZE": "2"}
     assert memory(apps, environ=ranks).status == WARN
-    monkeypatch.setattr(checks, "_told_by_proc", lambda proc, pid: ("me", 1.0, os.getppid()))
+    monkeypatch.setattr(neighbours, "told_by_proc", lambda proc, pid: ("me", 1.0, os.getppid()))
     assert memory(apps, environ=ranks).status == OK
     assert memory(apps).status == WARN  # without torchrun there are no sisters
 
 
 def test_what_proc_tells_of_a_process():
-    user, age, parent = checks._told_by_proc(machine().proc, os.getpid())
-    assert user == checks._user(os.geteuid()) and parent == os.getppid() and 0 <= age < 86400
+    user, age, parent = neighbours.told_by_proc(machine().proc, os.getpid())
+    assert user == neighbours.user_name(os.geteuid()) and parent == os.getppid() and 0 <= age < 86400
 
 
 def test_processes_on_another_gpu_are_not_ours():
@@ -132,10 +133,25 @@ def test_many_processes_are_cut_short():
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (600, "10 min"), (7200, "2 h"), (200_000, "2 d")])
 def test_age(seconds, text):
-    assert checks.age(seconds) == text
+    assert neighbours.age(seconds) == text
 
 
 def test_state_under_load():
     m = machine([gpu()], smi=Smi([{**H100, "clocks.sm": "1755", "clocks_event_reasons.active": "0x4"}]))
     assert checks.under_load(m) == {"clock_mhz": 1755.0, "clock_max_mhz": 1980.0, "power_w": 71.2,
                                     "power_limit_w": 700.0, "temperature_c": 31.0, "held_by": "power cap"}  # fmt: skip
+
+
+GIB = 1 << 30
+
+
+def process(uuid=ID, user="ann", pid=7):
+    return neighbours.Process(uuid, pid, "/usr/bin/python3", 3072.0, user, 7200.0)
+
+
+def test_a_run_notes_who_else_is_on_its_gpu():
+    assert neighbours.note(ID, 79 * GIB, 80 * GIB, []) == ""
+    assert neighbours.note(ID, 79 * GIB, 80 * GIB, [process(uuid="GPU-other"), process(user="")]) == ""
+    said = neighbours.note(ID, 76 * GIB, 80 * GIB, [process(), process(user="", pid=8)])
+    assert said == "not alone on the GPU, 4.0 of 80.0 GiB are held: pid 7 ann python3 3.0 GiB for 2 h"
+    assert "cannot be seen from here" in neighbours.note(ID, 76 * GIB, 80 * GIB, [])

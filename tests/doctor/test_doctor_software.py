@@ -24,7 +24,7 @@ def rows(check, m):
 def test_minima_are_those_of_setup_py():
     text = (ROOT / "setup.py").read_text()
     listed = dict(re.findall(r'"([a-z]+)>=([\d.]+)"', text.split("install_requires")[1].split("]")[0]))
-    mine = {name: minimum for name, (minimum, _) in software.REQUIRED.items()} | {"torch": software.TORCH}
+    mine = {name: minimum for name, (minimum, _) in software.REQUIRED.items()} | {"torch": node.TORCH}
     assert len(listed) >= 7 and listed.items() <= mine.items()
     assert f"triton>={software.TRITON}" in text
     assert f'python_requires=">={".".join(map(str, software.PYTHON))}"' in text
@@ -40,7 +40,7 @@ def test_this_environment_passes():
     [("2.9.0", (2, 9, 0)), ("2.13.0+cpu", (2, 13, 0)), ("2.10.0a0+gitabc", (2, 10, 0)), ("odd", ())],
 )
 def test_numbers_of_versions(version, expected):
-    assert software.numbers(version) == expected
+    assert node.release(version) == expected
 
 
 def test_versions_are_compared_as_numbers():

@@ -8,7 +8,7 @@ import torch
 from helpers import ROOT
 from provoke import launch, refused
 
-from pgolf import runtime
+from pgolf import cli, node, runtime
 from pgolf.artifact import pack
 from pgolf.artifact.model_io import load_model
 from pgolf.errors import ArtifactError, SetupError
@@ -35,6 +35,23 @@ def test_missing_safetensors(shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert launch(shards, tmp_path, "train.run_id=r") == refused(capsys, 3, "pip install safetensors")
     assert '"train"' not in (tmp_path / "r" / "events.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [("2.8.0+cu128", "torch 2.8.0+cu128 is too old, expected 2.9"), (None, "")]
+)
+def test_old_torch(version, said, shards, tmp_path, monkeypatch, capsys):
+    """Before anything of it is imported. None: no metadata, as in a build from source, which is tried."""
+    monkeypatch.setattr(node, "version_of", lambda name: version)
+    code = launch(shards, tmp_path, "train.run_id=r", "train.iterations=1")
+    assert code == (3 if said else 0) and said in capsys.readouterr().err
+
+
+def test_missing_torch(monkeypatch, capsys):
+    monkeypatch.setattr(node, "version_of", lambda name: None)
+    monkeypatch.setattr(node.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["--describe"], {"PRESET": "smoke"}) == 3
+    assert capsys.readouterr().err == "error: torch is not installed: pip install 'torch>=2.9'\n"
 
 
 def test_missing_sentencepiece(shards, tmp_path, capsys, monkeypatch):
