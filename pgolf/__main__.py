@@ -32,7 +32,7 @@ def dispatch(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return 0
     if name not in COMMANDS:
         close = tree.did_you_mean(name, COMMANDS)
-        raise ConfigError(f"{name} is not a command{close}. There are: {', '.join(COMMANDS)}")
+        raise ConfigError(f"{name} is not a command{close}\nThere are: {', '.join(COMMANDS)}")
     return import_module(COMMANDS[name][0]).main(rest, environ)
 
 

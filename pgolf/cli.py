@@ -139,7 +139,7 @@ def _unknown_flag(flag: str) -> str:
         like = name if name in NODES else tree.nearest(name, NODES)[0]
         if not tree.nearest(flag, FLAGS):
             return f"{flag} is not an option; settings are written without dashes, path=value: {like}=..."
-    return f"{flag} is not an option{tree.did_you_mean(flag, FLAGS)}. There are: {', '.join(FLAGS)}"
+    return f"{flag} is not an option{tree.did_you_mean(flag, FLAGS)}\nThere are: {', '.join(FLAGS)}"
 
 
 def model_facts(run: RunConfig) -> dict[str, Any]:

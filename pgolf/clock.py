@@ -98,6 +98,7 @@ class TimeLedger:
         self._seconds: dict[str, float] = {}
         self._stack: list[str] = []
         self._since = 0.0
+        self.carried = 0.0  # seconds of earlier processes among them
         self.failed_in = ""  # the phase that the first exception came from
 
     @property
@@ -128,7 +129,9 @@ class TimeLedger:
     def carry(self, earlier: Mapping[str, Mapping]) -> None:
         """Adds the seconds of an earlier process of this run, in the form of `to_dict`."""
         for name, row in earlier.items():
-            self._seconds[name] = self._seconds.get(name, 0.0) + float(row["seconds"])
+            seconds = float(row["seconds"])
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+            self.carried += seconds
 
     def seconds(self, name: str) -> float:
         """Seconds booked for `name` so far; 0 if it has not run."""

@@ -126,7 +126,7 @@ def _choose_preset(
         notes = [f"preset {name}, because {found}; PRESET=name chooses: {', '.join(PRESETS)}"]
     if name not in PRESETS:
         close = tree.did_you_mean(name, PRESETS)
-        raise ConfigError(f"PRESET={name} is not a preset{close}. There are: {', '.join(PRESETS)}")
+        raise ConfigError(f"PRESET={name} is not a preset{close}\nThere are: {', '.join(PRESETS)}")
     return name, source, notes
 
 

@@ -158,7 +158,7 @@ def gather(trainer: Trainer, floats: EvalResult, packed: EvalResult | None, slid
         "resumes": trainer.resumes,
         "tokens": trainer.tokens,
         "train_seconds": train_seconds,
-        "total_seconds": time.monotonic() - began,
+        "total_seconds": time.monotonic() - began + ledger.carried,
         "tokens_per_second": trainer.tokens / max(train_seconds, 1e-9),
         "val_loss": floats.val_loss,
         "val_bpb": floats.val_bpb,

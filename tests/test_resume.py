@@ -134,6 +134,8 @@ def test_a_run_that_ended_goes_on_behind_the_training(shards, finished, tmp_path
     want = json.loads((finished / "result.json").read_text())
     assert {k: got[k] for k in (*SCORES, "train_seconds")} == {k: want[k] for k in (*SCORES, "train_seconds")}
     assert got["resumes"] == 1 and want["resumes"] == 0
+    for facts in (got, want):  # all processes' time
+        assert facts["total_seconds"] >= sum(row["seconds"] for row in facts["ledger"].values())
     assert len(events(tmp_path / "r", "step")) == 8  # none was made again
 
 
