@@ -90,8 +90,10 @@ def check_time(trainer: Trainer, late: list[str]) -> None:
     cfg, dist = trainer.cfg, trainer.dist
     trained = trainer.clock.elapsed_ms / 1000 + dist.broadcast_float(trainer.ledger.seconds("calibrate"))
     scored = dist.broadcast_float(limits.spent(trainer.ledger, "evaluation"))
+    # a run that was resumed behind its training made no step itself
+    step = trainer.last_step_s or trainer.clock.elapsed_ms / 1000 / max(trainer.step_number, 1)
     late = [
-        limits.over_training(trained, cfg.train.max_wallclock_seconds, trainer.last_step_s),
+        limits.over_training(trained, cfg.train.max_wallclock_seconds, step),
         *(late or [limits.over_evaluation(scored, cfg.eval.max_seconds)]),
     ]
     if any(late):

@@ -208,7 +208,7 @@ class Trainer:
         self.clock.start(self.clock.elapsed_ms)
         if self.step_number:  # resumed: the checkpoint was written before the validation of its step
             self._validate_where_due()
-        while self.step_number < steps and not self.clock.expired:
+        while not self.is_last:
             if self.step_number == cfg.schedule.skip_steps:
                 self.skipped = (self.step_number, self.clock.elapsed_ms)
             now = Progress(self.step_number, steps, self.clock.elapsed_ms, self.clock.cap_ms, *self.skipped)
@@ -225,6 +225,10 @@ class Trainer:
             if bad_step is not None:
                 raise self.not_finite(bad_step)
             self.clock.tick(self.stop.code)
+            if self.is_last:
+                self.last_step_s = self.clock.last_ms / 1000
+                self.clock.pause()
+                self.clock.tick(self.stop.code)  # with the steps that the GPU still had to do
             self.note_recompiles()
             self._report(loss)
             if self.saver and self.saver.due:
@@ -234,9 +238,7 @@ class Trainer:
         self.check_finite()
         if self.step_number < steps:
             self.log.stopping_early(self.clock.elapsed_ms, self.step_number, steps)
-        self.last_step_s = self.clock.last_ms / 1000
         self.clock.pause()
-        self.clock.tick()  # with the steps that the GPU still had to do
 
     @property
     def is_last(self) -> bool:
