@@ -259,7 +259,7 @@ def test_loading_keeps_this_runs_rates_and_refuses_other_groups():
     other.set(1.0, momentum=0.9)
     assert other.muon.groups[0].lr == 0.5
     _, moved = make(replace(CFG, side_matrix="adamw"))
-    with pytest.raises(ConfigError, match=r"side\.momentum in one of"):
+    with pytest.raises(ConfigError, match=r"side\.exp_avg, side\.exp_avg_sq, side\.momentum, side\.step in one of"):
         moved.load_tensors_(optimizers.tensors())
 
 
