@@ -192,8 +192,10 @@ def test_a_stopped_rank_and_a_slow_one_are_named_after_the_timeout(tmp_path):
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     text = finish(torchrun(tmp_path, "term:1:12", *ENDLESS))
     assert codes(text) == {0: 143, 1: 143}
-    assert text.count("checkpoint: step 13, ") == 1 and (tmp_path / "r" / "checkpoints" / "step-00000013").is_dir()
-    assert text.count("stopped: SIGTERM after step 13") == 1 and "error:" not in text
+    (step,) = re.findall(r"stopped: SIGTERM after step (\d+)", text)
+    assert 13 <= int(step) < 20 and "error:" not in text  # a thread reads the signal, so perhaps not in the very step
+    assert text.count(f"checkpoint: step {step}, ") == 1
+    assert (tmp_path / "r" / "checkpoints" / f"step-{int(step):08d}").is_dir()
 
 
 @pytest.mark.dist

@@ -30,6 +30,17 @@ def raise_and_wait(stop: Stop, name: str):
     wait_for(lambda: stop.code)
 
 
+@pytest.fixture(autouse=True)
+def as_in_the_foreground():
+    """A shell's background job ignores SIGINT, and nohup SIGHUP; what is ignored stays so."""
+    before = {name: signal.getsignal(getattr(signal, name)) for name in CODES}
+    for name in CODES:
+        signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
 @pytest.mark.parametrize("name", CODES)
 def test_a_signal_sets_its_code_and_handlers_are_given_back(name):
     number = getattr(signal, name)

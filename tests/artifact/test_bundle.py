@@ -18,7 +18,7 @@ FILES = {
     "train_gpt.py": '''
         """The entry."""
         import sys  # comment
-        from pgolf.run import run
+        from pgolf.train import run
 
         if __name__ == "__main__":
             sys.exit(run(sys.argv[1:]))
