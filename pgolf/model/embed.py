@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgolf.kernels.bigram import bigram, shifted
+from pgolf.kernels.bigram import bigram, bigram_index, shifted, trigram_index
 from pgolf.model.config import BigramConfig, InitConfig, ModelConfig, TrigramConfig
 from pgolf.model.linear import SideLinear
 from pgolf.model.roles import Role
@@ -35,9 +37,12 @@ class HashTable(nn.Module):
 class Trigram(HashTable):
     """Trigram table of its own: row (17911 x_{t-2} + 36313 x_{t-1} + 27191 x_t) mod (rows - 1). (B, T) -> (B, T, D)."""
 
+    def index(self, ids: Tensor) -> Tensor:
+        """The row that each token takes."""
+        return (17911 * shifted(ids, 2) + 36313 * shifted(ids, 1) + 27191 * ids) % (self.table.shape[0] - 1)
+
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        index = (17911 * shifted(ids, 2) + 36313 * shifted(ids, 1) + 27191 * ids) % (self.table.shape[0] - 1)
-        return F.embedding(index, self.rows(dtype))
+        return F.embedding(self.index(ids), self.rows(dtype))
 
 
 class Smear(nn.Module):
@@ -73,6 +78,16 @@ class Embed(nn.Module):
 
     def init_(self, cfg: InitConfig, gen: torch.Generator) -> None:
         nn.init.normal_(self.weight, std=self.std, generator=gen)
+
+    def table_rows(self, ids: Tensor) -> Iterator[tuple[HashTable, Tensor]]:
+        """Each hashed table with the rows that the tokens `ids` take from it; a table may come twice."""
+        if self.bigram is not None:
+            rows = self.bigram.table.shape[0]
+            yield self.bigram, bigram_index(ids, rows, self.hash)
+            if self.shared_trigram:
+                yield self.bigram, trigram_index(ids, rows)
+        if self.trigram is not None:
+            yield self.trigram, self.trigram.index(ids)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return bigram(
