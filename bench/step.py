@@ -116,7 +116,7 @@ class StepTrainer(Trainer):
     def _open_data(self) -> None:
         return None
 
-    def _new_loader(self) -> RandomBatches:
+    def new_loader(self) -> RandomBatches:
         return RandomBatches(self.cfg, self.device)
 
 

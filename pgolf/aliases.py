@@ -94,6 +94,19 @@ def _qat_from_start(text: str, _: RunConfig) -> list[Assign]:
     return [("quant.late_qat", "on"), ("quant.late_qat.threshold", "2")] if tree.parse_bool(text) else []
 
 
+def _calibration(modes: dict[str, bool]) -> Callable[[str, RunConfig], list[Assign]]:
+    """Each key of `modes` calibrates GPTQ, which is turned on, on text of the model's own, or not on that."""
+
+    def expand(text: str, config: RunConfig) -> list[Assign]:
+        if text not in modes:
+            raise ValueError(f"must be one of {', '.join(modes)}")
+        if modes[text]:
+            return [("quant.gptq", "on"), ("quant.gptq.generated", "on")]
+        return [("quant.gptq.generated", "none")] if config.quant.gptq else []
+
+    return expand
+
+
 def _reserve_seconds(text: str, _: RunConfig) -> list[Assign]:
     try:
         return [("train.reserve_ms", str(round(1000 * float(text))))]
@@ -208,6 +221,15 @@ ALIASES: dict[str, str | Alias] = {
     "LATE_QAT": gate("quant.late_qat"),
     "QAT_THRESHOLD": "quant.late_qat.threshold",
     "QAT_ENABLED": Alias(("quant.late_qat", "quant.late_qat.threshold"), _qat_from_start),
+    "GPTQ_CALIB_BATCHES": sized("quant.gptq", "batches"),
+    "GPTQ_CALIBRATION_BATCHES": sized("quant.gptq", "batches"),
+    "GPTQ_BLOCK_SIZE": "quant.gptq.block",
+    "GPTQ_PERCDAMP": "quant.gptq.damp",
+    "GPTQ_SKIP_MLP": "quant.gptq.skip_mlp",
+    "GPTQ_AR_CALIB": Alias(("quant.gptq.generated", "quant.gptq"), _calibration({"0": False, "1": True})),
+    "GPTQ_CALIBRATION_MODE": Alias(
+        ("quant.gptq.generated", "quant.gptq"), _calibration({"train": False, "generated": True})
+    ),
     "COMPRESSOR": "quant.codec",
     # names of our own, for what the scripts hard-code
     "KERNELS": "kernels.default",

@@ -12,6 +12,7 @@ from pgolf import checkpoint, limits, result
 from pgolf.artifact import budget, codecs
 from pgolf.artifact.bundle import bundle
 from pgolf.artifact.model_io import load_model, save_model
+from pgolf.calibrate import Parts
 from pgolf.config import RunConfig
 from pgolf.data.batch import Batch
 from pgolf.errors import BudgetError
@@ -55,9 +56,10 @@ def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
         with log.phase("evaluate_float", ledger):
             floats = trainer.validate(plain_windows(cfg), limit=cfg.eval.max_tokens)
     label = f"{cfg.quant.matrix}_{cfg.quant.codec}_roundtrip"
+    given = trainer.calibration.run()
     trainer.safe_point("before packing")
     with log.phase("pack", ledger):
-        artifact, code = dist.on_main(lambda: write_submission(trainer, run_dir))
+        artifact, code = dist.on_main(lambda: write_submission(trainer, run_dir, given))
     report = budget.account(artifact, code)
     log.sizes(report.artifact_bytes, report.code_bytes, f"{cfg.quant.matrix}+{cfg.quant.codec}")
     model = load_model(artifact, device=trainer.device, compute_dtype=trainer.runtime.compute_dtype)
@@ -100,10 +102,13 @@ def check_time(trainer: Trainer, late: list[str]) -> None:
         raise BudgetError("\n".join(filter(None, late)) + "\nThe result is written all the same.")
 
 
-def write_submission(trainer: Trainer, run_dir: Path) -> tuple[bytes, bytes]:
-    """Writes the two files that count against the limit; returns their bytes: (artifact, code). Raises SetupError."""
+def write_submission(trainer: Trainer, run_dir: Path, given: dict[str, Parts]) -> tuple[bytes, bytes]:
+    """Writes the two files that count against the limit; returns their bytes: (artifact, code). Raises SetupError.
+
+    given: what calibration has quantised.
+    """
     sha256 = trainer.data.tokenizer_sha256
-    artifact = save_model(trainer.model, trainer.infos, trainer.cfg.quant, sha256, trainer.ledger.phase)
+    artifact = save_model(trainer.model, trainer.infos, trainer.cfg.quant, sha256, trainer.ledger.phase, given)
     code = bundle()
     fix = f"free some space, and go on where training ended: RESUME={run_dir}" if trainer.saver else "free some space"
     for name, data in (("model.pgolf", artifact), ("train_gpt_bundle.py", code)):
@@ -174,6 +179,7 @@ def gather(trainer: Trainer, floats: EvalResult, packed: EvalResult | None, slid
         "bytes_by_group": {name: size for name, size in report.items.items() if name != "code"},
         "recompiles": trainer.dist.max_int(len(found.seen)) if found else 0,
         "recompiles_by_phase": found.by_phase() if found else {},
+        "calibration": trainer.calibration.facts,
         "ledger": ledger.to_dict(),
         "node": trainer.node,
         "time_limits": {"training": cfg.train.max_wallclock_seconds, "evaluation": cfg.eval.max_seconds},

@@ -212,6 +212,8 @@ def restore(trainer: Trainer, saved: Saved) -> None:
         trainer.step_number, trainer.tokens = facts["step"], facts["tokens"]
         trainer.skipped = tuple(facts["skipped"])
         trainer.clock.elapsed_ms = float(facts["elapsed_ms"])
+        if "train.reserve_ms" not in saved.changes:  # a shorter one than that which ended training would begin it again
+            trainer.keep_reserve(max(trainer.reserve_ms, float(facts["reserve_ms"])))
         for step, loss in facts["last_losses"]:
             trainer.losses.append((step, loss))
             trainer.divergence.note(loss)

@@ -103,6 +103,7 @@ def _run(
     with paths(**trainer.runtime.paths):
         with log.phase("compile", ledger):
             trainer.warm_up()
+            trainer.calibration.keep_reserve()
         if saved:
             resume.restore(trainer, saved)
         if cfg.train.keep_checkpoints:

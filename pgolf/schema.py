@@ -25,7 +25,7 @@ class TrainConfig:
     seed: int = 1337  # of every generator: weights, data order where the loader uses one
     iterations: int = 20000  # upper bound; the wall clock usually ends the run first
     max_wallclock_seconds: float = 600.0  # training time without validation; 0 = no cap
-    reserve_ms: int = 0  # taken off the cap for calibration and export
+    reserve_ms: int = 0  # taken off the cap for calibration; 0 = what it took in a trial (nothing without calibration)
     warmup_steps: int = 20  # compile and prime, then everything is put back; outside the clock
     val_loss_every: int = 1000  # steps between validations; 0 = only at the end
     train_log_every: int = 200  # steps between log lines; 0 = none
@@ -122,6 +122,9 @@ class RunConfig:
         if self.quant.late_qat and self.quant.matrix != "int6":
             fix = "set quant.matrix=int6 or LATE_QAT_THRESHOLD=0"
             out.append(f"quant.late_qat rounds to the int6 grid, but quant.matrix={self.quant.matrix!r}: {fix}")
+        cap, eggroll = self.train.max_wallclock_seconds, self.quant.eggroll
+        if cap and eggroll and eggroll.seconds >= cap / 2:
+            out.append(f"quant.eggroll.seconds={eggroll.seconds} must be below half of the training time of {cap} s")
         if self.kernels.fold_scales and self.model.wiring.sandwich_norm:
             out.append("kernels.fold_scales with model.wiring.sandwich_norm: the norm would undo it; set one to false")
         return out

@@ -77,6 +77,7 @@ def snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "step": trainer.step_number,
         "tokens": trainer.tokens,
         "elapsed_ms": trainer.clock.elapsed_ms,
+        "reserve_ms": trainer.reserve_ms,
         "skipped": list(trainer.skipped),
         "phases": [phase.name for phase in trainer.phases.phases if phase.started],
         "loader": loader,

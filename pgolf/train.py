@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pgolf import finish, limits, runtime, signals
+from pgolf.calibrate import Calibration
 from pgolf.clock import Clock, TimeLedger
 from pgolf.config import RunConfig
 from pgolf.data.batch import Batch
@@ -74,9 +75,9 @@ class Trainer:
         self.objective = Objective(cfg.loss, self.model, self.device)
         self.phases = Phases(self.model, self.infos, cfg.quant, self.cast)
         self.averager = Averager({i.name: i.param for i in self.infos}, cfg.average)
-        cap = t.max_wallclock_seconds * 1000 - t.reserve_ms if t.max_wallclock_seconds else None
-        self.clock = Clock(dist, cap)
-        self.loader = self._new_loader()
+        self.clock = Clock(dist)
+        self.keep_reserve(t.reserve_ms)
+        self.loader = self.new_loader()
         self.compute_loss = self.compiled(self.objective.__call__)
         self.nll = self.compiled(lambda ids, targets: self.model(Batch(ids, targets))[0])
         self.step_number, self.lr_scale, self.tokens, self.last_step_s = 0, 1.0, 0, 0.0
@@ -88,6 +89,7 @@ class Trainer:
         self.saver: Saver | None = None  # None writes no checkpoints
         self.resumes = 0  # processes before this one that this state went through
         self.node: str | None = None  # digest of this machine's fingerprint, on rank 0
+        self.calibration = Calibration(self)
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -98,7 +100,8 @@ class Trainer:
         self.dist.barrier()
         return data or open_data(*args, progress=lambda text: None)
 
-    def _new_loader(self):
+    def new_loader(self) -> Prefetcher:
+        """This rank's training stream, from its beginning."""
         cfg = self.cfg
         make = LOADERS[cfg.data.loader]
         loader = make(
@@ -110,6 +113,11 @@ class Trainer:
             device=self.device,
         )
         return Prefetcher(loader)
+
+    def keep_reserve(self, ms: float) -> None:
+        """Training ends `ms` before its limit; what is kept is for calibration and export."""
+        limit = 1000 * self.cfg.train.max_wallclock_seconds
+        self.reserve_ms, self.clock.cap_ms = ms, limit - ms if limit else None
 
     def compiled(self, fn: Callable) -> Callable:
         """`fn` through torch.compile if this run compiles."""
@@ -187,7 +195,7 @@ class Trainer:
         self.model.load_state_dict(weights)
         self.optim.reset_()
         self.loader.close()
-        self.loader = self._new_loader()
+        self.loader = self.new_loader()
 
     def train(self) -> None:
         """Steps until `iterations` or the cap, whichever comes first. A signal ends it after a step, saved."""

@@ -8,8 +8,8 @@ from test_train import make_trainer
 from pgolf import checkpoint, snapshot
 
 FACTS = (
-    "step", "tokens", "elapsed_ms", "skipped", "phases", "loader", "rng", "optimizer_steps", "swa_count", "last_losses",
-    "ledger", "resumes", "world_size", "data", "machine", "config", "digest", "pgolf",
+    "step", "tokens", "elapsed_ms", "reserve_ms", "skipped", "phases", "loader", "rng", "optimizer_steps", "swa_count",
+    "last_losses", "ledger", "resumes", "world_size", "data", "machine", "config", "digest", "pgolf",
 )  # fmt: skip
 # 8 steps with checkpoints at 3, 6 and 8, all kept; late QAT from step 3 on
 SHORT = (

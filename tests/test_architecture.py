@@ -16,6 +16,7 @@ LAYERS = [
     {"schema", "not_yet"},
     {"aliases", "presets"},
     {"config"},
+    {"calibrate"},
     {"phases", "finish", "dry_run", "diagnose", "snapshot"},
     {"resume"},
     {"train"},

@@ -3,9 +3,10 @@ needed to score it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 
 from pgolf import tree
@@ -26,14 +27,16 @@ def save_model(
     cfg: QuantConfig,
     tokenizer_sha256: str,
     phase: Callable[[str], AbstractContextManager] = nullcontext,
+    given: Mapping[str, dict[str, np.ndarray]] | None = None,
 ) -> bytes:
     """Quantises and packs `model`'s parameters with what is needed to rebuild it.
 
-    phase: entered with "quantise" while it does that, for a time ledger.
+    given: parts of those that are quantised already, by name (`pgolf.calibrate`). phase: entered with "quantise" while
+    it does that, for a time ledger.
     """
     with phase("quantise"):
         state = {i.name: i.param.detach().float().cpu() for i in infos}
-        records = quantize_state(state, infos, cfg)
+        records = quantize_state(state, infos, cfg, given)
     meta = {
         "model": tree.to_dict(model.cfg),
         "train_length": model.train_length,

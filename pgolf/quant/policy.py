@@ -10,17 +10,19 @@ Kinds (rows = first axis, the others flattened):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pgolf.errors import ArtifactError, NumericalError
-from pgolf.kernels.int6 import check_steps, int6_quantize_ref, row_step
+from pgolf.kernels.int6 import check_steps, int6_quantize_ref, row_peak, row_step
 from pgolf.model.roles import ParamInfo, Role
 from pgolf.quant.config import QuantConfig
+from pgolf.quant.grid import GRIDS, Grid
 
 # The QuantConfig field that names the kind. Other roles are few and sensitive: always fp16.
 SETTING_OF = {Role.MATRIX: "matrix", Role.SIDE_MATRIX: "matrix", Role.EMBED: "embed", Role.HEAD: "embed"}
@@ -66,25 +68,54 @@ def kind_of(role: Role, numel: int, cfg: QuantConfig) -> str:
     return getattr(cfg, SETTING_OF[role])
 
 
-def quantize_state(state: dict[str, Tensor], infos: list[ParamInfo], cfg: QuantConfig) -> list[Record]:
+class Storage(NamedTuple):
+    """How one parameter is stored."""
+
+    kind: str  # key of KINDS
+    clip: float = 1.0  # quantile of |w| that a row's grid reaches
+
+
+def storage_of(infos: Iterable[ParamInfo], cfg: QuantConfig) -> dict[str, Storage]:
+    """{name: how it is stored} for all parameters."""
+    kinds = {i.name: kind_of(i.role, i.param.numel(), cfg) for i in infos}
+    return {name: Storage(kind, cfg.int8_clip if kind == "int8" else 1.0) for name, kind in kinds.items()}
+
+
+def grid_of(kind: str) -> Grid | None:
+    """The integers of `kind`; None for kinds that have none."""
+    return GRIDS.get(kind)
+
+
+def candidate_clips(rows: Tensor, storage: Storage) -> list[Tensor]:
+    """rows (rows, cols) fp32 -> the clips to try, each (rows,) fp32."""
+    return [row_peak(rows, storage.clip)]
+
+
+def quantize_state(
+    state: dict[str, Tensor],
+    infos: list[ParamInfo],
+    cfg: QuantConfig,
+    given: Mapping[str, dict[str, np.ndarray]] | None = None,
+) -> list[Record]:
     """Quantises `state` {name: fp32 tensor of any shape} in the order of `infos`.
 
-    Raises ValueError unless `state` and `infos` name the same parameters, NumericalError on weights that are not finite
-    or do not fit their kind.
+    given: parts of those that are quantised already (`pgolf.calibrate`), by name. Raises ValueError unless `state` and
+    `infos` name the same parameters, NumericalError on weights that are not finite or do not fit their kind.
     """
     names = {i.name for i in infos}
     if names != state.keys():
         raise ValueError(f"state and infos differ: {sorted(names ^ state.keys())[:5]} are in one of the two only")
-    return [_quantize(info, state[info.name], cfg) for info in infos]
+    given = given or {}
+    return [_quantize(info, state[info.name], cfg, given.get(info.name)) for info in infos]
 
 
-def _quantize(info: ParamInfo, w: Tensor, cfg: QuantConfig) -> Record:
+def _quantize(info: ParamInfo, w: Tensor, cfg: QuantConfig, given: dict[str, np.ndarray] | None) -> Record:
     kind = kind_of(info.role, w.numel(), cfg)
     w = w.detach().to("cpu", torch.float32)
     if not torch.isfinite(w).all():
         raise NumericalError(f"{info.name}: inf or NaN in the weights to export; export an earlier checkpoint")
     try:
-        parts = KINDS[kind].encode(w, cfg)
+        parts = given or KINDS[kind].encode(w, cfg)
     except ValueError as e:
         raise NumericalError(f"{info.name}: max |w| = {w.abs().max():.3g} does not fit {kind} ({e})") from e
     return Record(info.name, info.role.value, kind, tuple(w.shape), parts)
