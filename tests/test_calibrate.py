@@ -4,8 +4,8 @@ import hashlib
 import multiprocessing as mp
 import os
 import socket
-import time
 import traceback
+from functools import partial
 
 import pytest
 import torch
@@ -78,18 +78,25 @@ def test_the_parts_are_those_of_the_averaged_weights(shards, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", ["quant.gptq.variant=v7", "quant.gptq.damp=1", "quant.gptq.skip_mlp=true", "quant.gptq.generated=on"]
+    "change",
+    [
+        ("quant.gptq.variant=v7",),
+        ("quant.gptq.damp=1",),
+        ("quant.gptq.skip_mlp=true",),
+        ("quant.gptq.generated=on", "quant.gptq.generated.sequences=2"),
+    ],
+    ids=lambda change: change[0].removeprefix("quant.gptq."),
 )
 def test_each_setting_changes_the_parts(shards, tmp_path, change):
     runs = []
-    for name, more in (("a", ()), ("b", (change,))):
+    for name, more in (("a", ()), ("b", change)):
         # an untrained model has weights of zero, for which all is one
         trainer = make_trainer(shards, tmp_path / name, *GPTQ, "quant.matrix=int6", "quant.late_qat=none", *more)
         for _ in range(3):
             trainer.step(1.0, 0)
         runs.append(trainer.calibration.run())
     same = [n for n in runs[0] if n in runs[1] and (runs[0][n]["q"] == runs[1][n]["q"]).all()]
-    if "skip_mlp" in change:
+    if "skip_mlp" in change[0]:
         assert len(runs[0]) - len(runs[1]) == 6 and len(same) == len(runs[1])
     else:
         assert runs[0].keys() == runs[1].keys() and len(same) < len(runs[0])
@@ -142,29 +149,36 @@ def test_training_and_calibration_end_within_the_limit(shards, tmp_path):
     result = run(settings(shards, tmp_path, *SHORT[1:], "quant.gptq=on", *more))
     calibrated = result["ledger"]["calibrate"]["seconds"]
     (reserve,) = events(only_run(tmp_path), "reserve")
-    assert result["train_seconds"] == pytest.approx(3 - reserve["seconds"], abs=0.3)
-    assert result["train_seconds"] + calibrated <= 3.1
+    assert 3 - reserve["seconds"] <= result["train_seconds"] < 3
+    assert result["train_seconds"] + calibrated <= 3.3
     assert result["calibration"]["reserve_seconds"] == reserve["seconds"] > 0
 
 
-@pytest.mark.parametrize(("batch_s", "solve_s", "rounds", "solved"), [(0.2, 0.0, 3, 19), (0.0, 0.25, 40, 4)])
+@pytest.mark.parametrize(("batch_s", "solve_s", "rounds", "solved"), [(0.25, 0.0, 3, 19), (0.0, 0.25, 40, 4)])
 def test_what_does_not_fit_is_left_out(shards, tmp_path, monkeypatch, batch_s, solve_s, rounds, solved):
     """A machine that has become slow since the warm-up: a second is left, and no more is taken."""
-    trainer = make_trainer(shards, tmp_path, "quant.gptq=on", "quant.gptq.batches=40", *CAPPED)
-    trainer.step(1.0, 0)
+    trainer, hand = make_trainer(shards, tmp_path, "quant.gptq=on", "quant.gptq.batches=40", *CAPPED), [100.0]
     trainer.clock.elapsed_ms = 59_000.0
-    trainer.calibration.cost = Cost(round=batch_s, solve=0.2 if batch_s else 0.0)
+    trainer.calibration.cost = Cost(round=batch_s, solve=0.25 if batch_s else 0.0)
     for owner, name, seconds in ((Hessians, "add", batch_s), (Calibration, "_solve", solve_s)):
-        fast = getattr(owner, name)
-        monkeypatch.setattr(
-            owner, name, lambda *args, fast=fast, seconds=seconds: (time.sleep(seconds), fast(*args))[1]
-        )
+        monkeypatch.setattr(owner, name, slowed(getattr(owner, name), seconds, hand))
+    monkeypatch.setattr(calibrate, "Deadline", partial(calibrate.Deadline, now=lambda: hand[0]))
     given = trainer.calibration.run()
     facts = trainer.calibration.facts
-    assert facts["seconds"] < 1.05 and abs(facts["rounds"] - rounds) <= 1 and abs(len(given) - solved) <= 1
+    assert facts["seconds"] <= 1.0 and facts["rounds"] == rounds and len(given) == solved
     said = (tmp_path / "train.log").read_text()
     assert ("rounds of calibration batches" in said) == (rounds < 40)
     assert ("which are rounded plainly" in said) == (solved < 19)
+
+
+def slowed(work, seconds, hand):
+    """`work`, after which the clock `hand` has moved on."""
+
+    def slow(*args):
+        hand[0] += seconds
+        return work(*args)
+
+    return slow
 
 
 def test_no_time_at_all_leaves_plain_rounding(shards, tmp_path):
@@ -267,9 +281,8 @@ def together(world, chosen, out):
         port = probe.getsockname()[1]
     context = mp.get_context("spawn")
     queue = context.Queue()
-    processes = [
-        context.Process(target=_rank, args=(queue, world, r, port, chosen, out / str(r))) for r in range(world)
-    ]
+    args = [(queue, world, r, port, chosen, out / str(r)) for r in range(world)]
+    processes = [context.Process(target=_rank, args=a) for a in args]
     [p.start() for p in processes]
     try:
         got = dict(queue.get(timeout=120) for _ in range(world))
