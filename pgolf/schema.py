@@ -119,9 +119,6 @@ class RunConfig:
         length = self.eval.seq_len or self.data.seq_len
         if self.eval.stride > length:
             out.append(f"eval.stride={self.eval.stride} must be at most the evaluated length {length}: gaps otherwise")
-        if self.quant.late_qat and self.quant.matrix != "int6":
-            fix = "set quant.matrix=int6 or LATE_QAT_THRESHOLD=0"
-            out.append(f"quant.late_qat rounds to the int6 grid, but quant.matrix={self.quant.matrix!r}: {fix}")
         if self.kernels.fold_scales and self.model.wiring.sandwich_norm:
             out.append("kernels.fold_scales with model.wiring.sandwich_norm: the norm would undo it; set one to false")
         return out
