@@ -102,9 +102,9 @@ def check_time(trainer: Trainer, late: list[str]) -> None:
 
 def write_submission(trainer: Trainer, run_dir: Path) -> tuple[bytes, bytes]:
     """Writes the two files that count against the limit; returns their bytes: (artifact, code). Raises SetupError."""
-    sha256 = trainer.data.tokenizer_sha256
-    artifact = save_model(trainer.model, trainer.infos, trainer.cfg.quant, sha256, trainer.ledger.phase)
-    code = bundle()
+    sha256, code = trainer.data.tokenizer_sha256, bundle()
+    how = {"phase": trainer.ledger.phase, "code_bytes": len(code), "say": trainer.log.line}
+    artifact = save_model(trainer.model, trainer.infos, trainer.cfg.quant, sha256, **how)
     fix = f"free some space, and go on where training ended: RESUME={run_dir}" if trainer.saver else "free some space"
     for name, data in (("model.pgolf", artifact), ("train_gpt_bundle.py", code)):
         result.write_file(run_dir / name, data, fix)

@@ -16,7 +16,7 @@ LAYERS = [
     {"schema", "not_yet"},
     {"aliases", "presets"},
     {"config"},
-    {"phases", "finish", "dry_run", "diagnose", "snapshot"},
+    {"phases", "probe", "finish", "dry_run", "diagnose", "snapshot"},
     {"resume"},
     {"train"},
     {"run"},

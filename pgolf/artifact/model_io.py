@@ -10,6 +10,7 @@ import torch
 
 from pgolf import tree
 from pgolf.artifact.pack import pack, unpack
+from pgolf.artifact.prune import prune
 from pgolf.errors import ArtifactError, ConfigError
 from pgolf.model.config import ModelConfig
 from pgolf.model.gpt import GPT
@@ -27,10 +28,13 @@ def save_model(
     cfg: QuantConfig,
     tokenizer_sha256: str,
     phase: Callable[[str], AbstractContextManager] = nullcontext,
+    code_bytes: int = 0,
+    say: Callable[[str], None] = lambda text: None,
 ) -> bytes:
     """Quantises and packs `model`'s parameters with what is needed to rebuild it.
 
-    phase: entered with "quantise" while it does that, for a time ledger.
+    phase: entered with "quantise" while it does that, for a time ledger. code_bytes: what else counts, for a pruning to
+    a size. say: gets a line about that.
     """
     with phase("quantise"):
         state = {i.name: i.param.detach().float().cpu() for i in infos}
@@ -41,6 +45,11 @@ def save_model(
         "max_length": model.max_length,
         "tokenizer": tokenizer_sha256,
     }
+    if cfg.prune:
+        size = lambda kept: code_bytes + len(pack(kept, meta, cfg.codec, cfg.level))
+        with phase("prune"):
+            records, count = prune(records, round(1e6 * cfg.prune.target_mb), size)
+        say(f"pruning to {cfg.prune.target_mb} MB: {count:,} integers of 1 or -1 became 0")
     return pack(records, meta, cfg.codec, cfg.level)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 GRID_KINDS = ("int8", "int7", "int6", "int5", "int4", "ternary")
 QUANT_KINDS = (*GRID_KINDS, "fp16", "float")
 CODEC_NAMES = ("brotli", "zstd", "lzma", "zlib")
+FACTORS = ("asym", "int4", "int8", "fp16")
 SEARCHES = ("best", "best-row")
 # What "auto" is: the rule that the public scripts have for the kind, and BitNet's for ternary.
 AUTO_CLIPS = {"int8": "0.9999984", "ternary": "mean"}
@@ -75,6 +76,46 @@ class LateQatConfig:
 
 
 @dataclass(frozen=True)
+class CrownQConfig:
+    """CROWN-Q: a penalty coef / 12 * sum (w * step)^2 on the matrices, for the noise that rounding will make."""
+
+    coef: float = 0.01
+    threshold: float = 0.15  # from the first step whose lr scale is below
+
+    def problems(self) -> list[str]:
+        return [] if self.coef > 0 else [f"coef={self.coef} must be above 0; quant.crown_q=none turns it off"]
+
+
+@dataclass(frozen=True)
+class LowRankConfig:
+    """LQER: the matrices that rounding hurts most get a low-rank correction of what it left over."""
+
+    rank: int = 4
+    top_k: int = 3  # how many matrices
+    select: str = "error"  # the largest error, or gain: the largest part of it that the factors take away
+    factors: str = "asym"  # how they are stored: asym (2 and 4 bits, as PR #1797), int4, int8 or fp16
+    group: int = 64  # values of the right factor that share a scale, of asym
+    scope: str = "*"  # names that may be chosen, as a pattern
+
+    def problems(self) -> list[str]:
+        out = [f"{n}={getattr(self, n)} must be at least 1" for n in ("rank", "top_k", "group") if getattr(self, n) < 1]
+        for name, known in (("select", ("error", "gain")), ("factors", FACTORS)):
+            if getattr(self, name) not in known:
+                out.append(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
+        return out
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Zeroes as many integers of 1 and -1, the smallest first, as bring code and weights to a size."""
+
+    target_mb: float = 15.9  # in 1,000,000 bytes
+
+    def problems(self) -> list[str]:
+        return [] if self.target_mb > 0 else [f"target_mb={self.target_mb} must be above 0"]
+
+
+@dataclass(frozen=True)
 class QuantConfig:
     """How weights become bytes. `matrix` and `embed` name what the roles of those names are stored as."""
 
@@ -94,6 +135,10 @@ class QuantConfig:
     codec: str = "brotli"  # brotli, zstd, lzma or zlib
     level: int = -1  # -1: the codec's strongest level
     late_qat: LateQatConfig | None = None
+    crown_q: CrownQConfig | None = None
+    optrot: bool = False  # matrices with a power of two as number of rows are rounded in a Hadamard basis
+    low_rank: LowRankConfig | None = None
+    prune: PruneConfig | None = None
 
     def problems(self) -> list[str]:
         out = []
@@ -119,6 +164,8 @@ class QuantConfig:
         if self.matrix not in GRID_KINDS:
             return [f"late_qat rounds to a grid, but matrix={self.matrix!r} has none: set it to int6 {off}"]
         clip = parse_clip(self.matrix_clip, self.matrix)
+        if self.optrot:
+            return [f"late_qat rounds what optrot=true would rotate first: set optrot=false {off}"]
         if clip.rule in ("sd", "mean"):
             return [f"late_qat can follow max and quantiles, not matrix_clip={self.matrix_clip!r}: change it {off}"]
         return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from pgolf.model.roles import ParamInfo, Role
 from pgolf.quant.clips import clips_of, least
 from pgolf.quant.config import Clip, QuantConfig, parse_clip, parse_overrides
 from pgolf.quant.grid import GRIDS, Grid, round_to, steps_of
+from pgolf.quant.hadamard import can_rotate, rotate
+from pgolf.quant.lowrank import correct
 from pgolf.quant.records import Record, as_rows
 
 # The QuantConfig field that names the kind; with _clip behind it, the clip. Other roles are few and sensitive: fp16.
@@ -58,8 +60,15 @@ def storage_of(infos: Iterable[ParamInfo], cfg: QuantConfig) -> dict[str, Storag
     return out
 
 
-def quantize_state(state: dict[str, Tensor], infos: list[ParamInfo], cfg: QuantConfig) -> list[Record]:
+def quantize_state(
+    state: dict[str, Tensor],
+    infos: list[ParamInfo],
+    cfg: QuantConfig,
+    diagonals: Mapping[str, Tensor] | None = None,
+) -> list[Record]:
     """Quantises `state` {name: fp32 tensor of any shape} in the order of `infos`.
+
+    diagonals: {name: mean square of each input (cols,)} for the low-rank correction, of the parameters that have one.
 
     Raises ValueError unless `state` and `infos` name the same parameters, NumericalError on weights that are not finite
     or do not fit their kind, ConfigError on an override that fits nothing.
@@ -68,7 +77,8 @@ def quantize_state(state: dict[str, Tensor], infos: list[ParamInfo], cfg: QuantC
     if names != state.keys():
         raise ValueError(f"state and infos differ: {sorted(names ^ state.keys())[:5]} are in one of the two only")
     table = storage_of(infos, cfg)
-    return [_quantize(info, state[info.name], table[info.name], cfg) for info in infos]
+    records = [_quantize(info, state[info.name], table[info.name], cfg) for info in infos]
+    return correct(records, state, cfg.low_rank, diagonals) if cfg.low_rank else records
 
 
 def _quantize(info: ParamInfo, w: Tensor, storage: Storage, cfg: QuantConfig) -> Record:
@@ -76,14 +86,16 @@ def _quantize(info: ParamInfo, w: Tensor, storage: Storage, cfg: QuantConfig) ->
     if not torch.isfinite(w).all():
         raise NumericalError(f"{info.name}: inf or NaN in the weights to export; export an earlier checkpoint")
     try:
-        if storage.kind in GRIDS:
-            q, step = nearest(as_rows(w), storage, cfg.scale_floor)
-            parts = {"q": q.view(w.shape).numpy(), "scale": step.numpy()}
-        else:
+        if storage.kind not in GRIDS:
             parts = {"value": _float(w, storage.kind).numpy()}
+            return Record(info.name, info.role.value, storage.kind, tuple(w.shape), parts)
+        rows, turned = as_rows(w), cfg.optrot and SETTING_OF[info.role] == "matrix" and can_rotate(len(as_rows(w)))
+        q, step = nearest(rotate(rows) if turned else rows, storage, cfg.scale_floor)
+        parts = {"q": q.view(w.shape).numpy(), "scale": step.numpy()}
+        kind = f"{storage.kind}+optrot" if turned else storage.kind
+        return Record(info.name, info.role.value, kind, tuple(w.shape), parts)
     except ValueError as e:
         raise NumericalError(f"{info.name}: max |w| = {w.abs().max():.3g} does not fit {storage.kind} ({e})") from e
-    return Record(info.name, info.role.value, storage.kind, tuple(w.shape), parts)
 
 
 def nearest(rows: Tensor, storage: Storage, floor: float) -> tuple[Tensor, Tensor]:
