@@ -23,7 +23,8 @@ from pgolf.model.config import BigramConfig
 from pgolf.model.gpt import GPT
 from pgolf.model.roles import ParamInfo, roles_of
 from pgolf.quant.config import QuantConfig
-from pgolf.quant.policy import Record, dequantize, quantize_state
+from pgolf.quant.policy import quantize_state
+from pgolf.quant.records import Record, dequantize
 
 from .fixtures import build, one_thread  # noqa: F401
 from .ratios import gate, rates

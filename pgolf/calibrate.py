@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +24,9 @@ from pgolf.errors import NumericalError
 from pgolf.model.gpt import GPT
 from pgolf.model.mlp import ACTIVATIONS
 from pgolf.quant import eggroll, generate, gptq
+from pgolf.quant.hadamard import rotate
 from pgolf.quant.hessian import Hessians
-from pgolf.quant.policy import Storage, candidate_clips, grid_of, quantize_state, storage_of
+from pgolf.quant.policy import Parts, Storage, candidate_clips, grid_of, quantize_state, storage_of, turned
 from pgolf.quant.weight_cast import linears_of
 from pgolf.signals import Stop
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from pgolf.train import Trainer
 
 MARGIN = 1.25  # reserve over measured time; batches that do not fit are left out, so this need not cover everything
-Parts = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -73,19 +72,22 @@ def targets(model: GPT, storage: dict[str, Storage], skip_mlp: bool) -> list[str
 class Calibration:
     """What `trainer`'s settings ask for: `keep_reserve` before training, `run` after it.
 
-    facts: what `run` did, JSON values; empty before and without calibration.
+    facts: what `run` did, JSON values; diagonals: {name: mean square of each input (cols,)}, of GPTQ's layers. Both are
+    empty before and without calibration.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.dist, self.model = trainer, trainer.dist, trainer.model
         self.quant, self.seed = trainer.cfg.quant, trainer.cfg.train.seed
         self.storage = storage_of(trainer.infos, self.quant)
+        self.infos = {info.name: info for info in trainer.infos}
         self.weights = {info.name: info.param for info in trainer.infos}
         skip = self.quant.gptq is not None and self.quant.gptq.skip_mlp
         # the costly first, so that dealing them out in turn gives every rank about as much
         work = lambda name: self.weights[name].numel() * self.weights[name].shape[1]
         self.names = sorted(targets(self.model, self.storage, skip), key=work, reverse=True)
         self.cost, self.facts = Cost(), {}
+        self.diagonals: dict[str, Tensor] = {}
 
     @property
     def on(self) -> bool:
@@ -179,13 +181,15 @@ class Calibration:
         hessians, rounds, tokens = self._collect()
         hessians.reduce_(self.dist)
         collected = self.deadline.clock.tick() / 1000
+        found = {name: hessians.of(name) for name in self.names}
+        self.diagonals = {name: h.diagonal().cpu() for name, h in found.items() if h is not None}
         mine: dict[str, Parts] = {}
         share, longest = self._share(), 0.0
         for i in range(-(-len(self.names) // self.dist.world_size)):
             before = self.deadline.left()
             if before < longest:
                 break
-            if i < len(share) and (h := hessians.of(share[i])) is not None:
+            if i < len(share) and (h := found[share[i]]) is not None:
                 mine[share[i]] = self._solve(share[i], h)
             longest = max(longest, before - self.deadline.left())
         given = {name: parts for some in self.dist.gather_objects(mine) for name, parts in some.items()}
@@ -243,6 +247,8 @@ class Calibration:
 
     def _solve(self, name: str, h: Tensor) -> Parts:
         w, storage = self.weights[name].detach().float(), self.storage[name]
+        if turned(self.infos[name], self.quant):
+            w = rotate(w)  # rows among each other: the input side, and with it the Hessian, stays
         clips = candidate_clips(w, storage)
         try:
             q, step = gptq.quantize(w, h, grid_of(storage.kind), clips, self.quant.scale_floor, self.quant.gptq)
@@ -273,7 +279,7 @@ class Calibration:
     def _search_model(self, given: dict[str, Parts] | None = None):
         """(records of the export so far, their integers, the loss that decides, the loss of an independent slice)."""
         state = {name: w.detach().float().cpu() for name, w in self.weights.items()}
-        records = quantize_state(state, self.trainer.infos, self.quant, given)
+        records = quantize_state(state, self.trainer.infos, self.quant, given, self.diagonals)
         model = eggroll.exported(self.model, records)
         loader = self.trainer.new_loader()
         rows = -(-self.quant.eggroll.sequences // self.dist.world_size)

@@ -12,13 +12,13 @@ from pgolf import checkpoint, limits, result
 from pgolf.artifact import budget, codecs
 from pgolf.artifact.bundle import bundle
 from pgolf.artifact.model_io import load_model, save_model
-from pgolf.calibrate import Parts
 from pgolf.config import RunConfig
 from pgolf.data.batch import Batch
 from pgolf.errors import BudgetError
 from pgolf.eval.base import EvalResult, Evaluator, evaluate
 from pgolf.eval.windowed import PlainWindows, SlidingWindows
 from pgolf.model.gpt import GPT, parameter_count
+from pgolf.quant.policy import Parts
 
 if TYPE_CHECKING:
     from pgolf.train import Trainer
@@ -107,9 +107,10 @@ def write_submission(trainer: Trainer, run_dir: Path, given: dict[str, Parts]) -
 
     given: what calibration has quantised.
     """
-    sha256 = trainer.data.tokenizer_sha256
-    artifact = save_model(trainer.model, trainer.infos, trainer.cfg.quant, sha256, trainer.ledger.phase, given)
-    code = bundle()
+    sha256, code = trainer.data.tokenizer_sha256, bundle()
+    how = {"phase": trainer.ledger.phase, "code_bytes": len(code), "say": trainer.log.line}
+    found = {"given": given, "diagonals": trainer.calibration.diagonals}
+    artifact = save_model(trainer.model, trainer.infos, trainer.cfg.quant, sha256, **found, **how)
     fix = f"free some space, and go on where training ended: RESUME={run_dir}" if trainer.saver else "free some space"
     for name, data in (("model.pgolf", artifact), ("train_gpt_bundle.py", code)):
         result.write_file(run_dir / name, data, fix)

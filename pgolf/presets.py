@@ -167,7 +167,7 @@ def kitchen_sink_v2() -> RunConfig:
             adamw=replace(base.optim.adamw, tied_embed_lr=0.022, scalar_lr=0.028, scalar_lr_late=0.018),
         ),
         schedule=ScheduleConfig(warmdown_iters=4000),
-        quant=replace(base.quant, codec="lzma", level=6, gptq=GptqConfig(clip_by="matrix")),
+        quant=replace(base.quant, matrix_clip="best", codec="lzma", level=6, gptq=GptqConfig(clip_by="matrix")),
     )
 
 

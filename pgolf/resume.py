@@ -207,8 +207,7 @@ def restore(trainer: Trainer, saved: Saved) -> None:
         set_rng_state(rngs[trainer.dist.rank % len(rngs)], trainer.device)
         for phase in trainer.phases.phases:
             if phase.name in facts["phases"]:
-                phase.start()
-                phase.started = True
+                trainer.phases.start(phase)
         trainer.step_number, trainer.tokens = facts["step"], facts["tokens"]
         trainer.skipped = tuple(facts["skipped"])
         trainer.clock.elapsed_ms = float(facts["elapsed_ms"])

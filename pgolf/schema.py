@@ -119,9 +119,6 @@ class RunConfig:
         length = self.eval.seq_len or self.data.seq_len
         if self.eval.stride > length:
             out.append(f"eval.stride={self.eval.stride} must be at most the evaluated length {length}: gaps otherwise")
-        if self.quant.late_qat and self.quant.matrix != "int6":
-            fix = "set quant.matrix=int6 or LATE_QAT_THRESHOLD=0"
-            out.append(f"quant.late_qat rounds to the int6 grid, but quant.matrix={self.quant.matrix!r}: {fix}")
         cap, eggroll = self.train.max_wallclock_seconds, self.quant.eggroll
         if cap and eggroll and eggroll.seconds >= cap / 2:
             out.append(f"quant.eggroll.seconds={eggroll.seconds} must be below half of the training time of {cap} s")

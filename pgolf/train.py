@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pgolf import finish, limits, runtime, signals
+from pgolf import finish, limits, probe, runtime, signals
 from pgolf.calibrate import Calibration
 from pgolf.clock import Clock, TimeLedger
 from pgolf.config import RunConfig
@@ -30,6 +31,7 @@ from pgolf.optim.muon import momentum_at
 from pgolf.optim.schedule import Progress, lr_scale
 from pgolf.optim.step import Optimizers
 from pgolf.phases import Phases
+from pgolf.quant.crown_q import CrownQ
 from pgolf.quant.weight_cast import WeightCast, bank_weights
 from pgolf.recompiles import Recompiles
 from pgolf.signals import Stop
@@ -73,7 +75,8 @@ class Trainer:
         self.cast = WeightCast(self.model, self.infos, cfg.quant, dtype, banks) if on else None
         self.optim = Optimizers(groups, cfg.optim, dist, banks)
         self.objective = Objective(cfg.loss, self.model, self.device)
-        self.phases = Phases(self.model, self.infos, cfg.quant, self.cast)
+        self.penalty = CrownQ(banks, self.infos, cfg.quant) if cfg.quant.crown_q else None
+        self.phases = Phases(self.model, self.infos, cfg.quant, self.cast, self.penalty, partial(probe.losses, self))
         self.averager = Averager({i.name: i.param for i in self.infos}, cfg.average)
         self.clock = Clock(dist)
         self.keep_reserve(t.reserve_ms)
@@ -141,6 +144,8 @@ class Trainer:
             if self.cast:
                 self.cast.collect_()
             total += plain / accum
+        if self.penalty and self.penalty.active:
+            self.penalty.add_grads_()
         self.optim.set(lr_scale, momentum_at(step_number, self.cfg.optim.muon))
         total = self.optim.reduce_(total, step_number)
         self.optim.step()
@@ -182,7 +187,8 @@ class Trainer:
     # -- phases of the run ---------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Compiles every graph of the run on real shapes, then restores weights, optimiser and loader."""
+        """Compiles every graph of the run on real shapes, sees that its switches work, then restores weights, optimiser
+        and loader. Raises NumericalError on a switch without effect."""
         if not self.cfg.train.warmup_steps:
             return
         weights = copy.deepcopy(self.model.state_dict())
@@ -192,6 +198,7 @@ class Trainer:
                 self.step(0.0, 0)
                 self.log.progress(f"warm-up ({variant})", i + 1, steps)
                 self.safe_point(f"during warm-up, at {i + 1} of {steps} steps ({variant})")
+        self.phases.verify()
         self.model.load_state_dict(weights)
         self.optim.reset_()
         self.loader.close()

@@ -17,7 +17,7 @@ LAYERS = [
     {"aliases", "presets"},
     {"config"},
     {"calibrate"},
-    {"phases", "finish", "dry_run", "diagnose", "snapshot"},
+    {"phases", "probe", "finish", "dry_run", "diagnose", "snapshot"},
     {"resume"},
     {"train"},
     {"run"},

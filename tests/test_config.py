@@ -294,7 +294,7 @@ def test_zero_heads_is_a_message_not_a_crash():
         ("train.reserve_ms=600000", "must be below the cap"),
         ("train.run_id=../x", "plain folder name"),
         ("eval.stride=4096", "gaps otherwise"),
-        ("quant.matrix=int8", "quant.late_qat rounds to the int6 grid"),
+        ("quant.matrix=fp16", "quant.late_qat rounds to a grid"),
     ],
 )
 def test_bad_overrides(argv, part):

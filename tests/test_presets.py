@@ -76,6 +76,7 @@ TABLE = {
     "optim.adamw.scalar_lr": (0.04, 0.04, 0.025, 0.025, 0.028),
     "optim.adamw.scalar_lr_late": (None, None, None, None, 0.018),
     "optim.adamw.weight_decay": (0.0, 0.0, 0.04, 0.04, 0.04),
+    "quant.matrix_clip": (*("auto",) * 4, "best"),
     "quant.gptq.batches": (None, None, None, None, 256),
     "quant.gptq.block": (None, None, None, None, 128),
     "quant.gptq.clip_by": (None, None, None, None, "matrix"),

@@ -6,17 +6,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from pgolf import tree
 from pgolf.artifact.pack import pack, unpack
+from pgolf.artifact.prune import prune
 from pgolf.errors import ArtifactError, ConfigError
 from pgolf.model.config import ModelConfig
 from pgolf.model.gpt import GPT
 from pgolf.model.roles import ParamInfo
 from pgolf.quant.config import QuantConfig
-from pgolf.quant.policy import dequantize, quantize_state
+from pgolf.quant.policy import Parts, quantize_state
+from pgolf.quant.records import dequantize
 
 MAX_LENGTH = 1 << 20  # positions that a loaded model makes rotary tables for
 
@@ -27,22 +29,30 @@ def save_model(
     cfg: QuantConfig,
     tokenizer_sha256: str,
     phase: Callable[[str], AbstractContextManager] = nullcontext,
-    given: Mapping[str, dict[str, np.ndarray]] | None = None,
+    given: Mapping[str, Parts] | None = None,
+    diagonals: Mapping[str, Tensor] | None = None,
+    code_bytes: int = 0,
+    say: Callable[[str], None] = lambda text: None,
 ) -> bytes:
     """Quantises and packs `model`'s parameters with what is needed to rebuild it.
 
-    given: parts of those that are quantised already, by name (`pgolf.calibrate`). phase: entered with "quantise" while
-    it does that, for a time ledger.
+    phase: entered with "quantise" while it does that, for a time ledger. given, diagonals: of `quantize_state`, as
+    `pgolf.calibrate` found them. code_bytes: what else counts, for a pruning to a size. say: gets a line about that.
     """
     with phase("quantise"):
         state = {i.name: i.param.detach().float().cpu() for i in infos}
-        records = quantize_state(state, infos, cfg, given)
+        records = quantize_state(state, infos, cfg, given, diagonals)
     meta = {
         "model": tree.to_dict(model.cfg),
         "train_length": model.train_length,
         "max_length": model.max_length,
         "tokenizer": tokenizer_sha256,
     }
+    if cfg.prune:
+        size = lambda kept: code_bytes + len(pack(kept, meta, cfg.codec, cfg.level))
+        with phase("prune"):
+            records, count = prune(records, round(1e6 * cfg.prune.target_mb), size)
+        say(f"pruning to {cfg.prune.target_mb} MB: {count:,} integers of 1 or -1 became 0")
     return pack(records, meta, cfg.codec, cfg.level)
 
 

@@ -20,7 +20,7 @@ from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
 from pgolf.quant.config import EggrollConfig
 from pgolf.quant.grid import GRIDS, Grid
-from pgolf.quant.policy import Record, dequantize
+from pgolf.quant.records import Record, dequantize
 
 
 @dataclass

@@ -17,7 +17,8 @@ from pgolf.errors import ArtifactError, ConfigError
 from pgolf.kernels.int6 import int6
 from pgolf.model.roles import ParamInfo, Role
 from pgolf.quant.config import QuantConfig
-from pgolf.quant.policy import Record, dequantize, quantize_state
+from pgolf.quant.policy import quantize_state
+from pgolf.quant.records import Record, dequantize
 
 META = {"dim": 8, "name": "tiny", "nested": {"layers": [1, 2], "none": None}}
 

@@ -13,7 +13,8 @@ from pgolf.presets import smoke
 from pgolf.quant import eggroll
 from pgolf.quant.config import EggrollConfig
 from pgolf.quant.grid import GRIDS
-from pgolf.quant.policy import dequantize, quantize_state
+from pgolf.quant.policy import quantize_state
+from pgolf.quant.records import dequantize
 
 CFG = EggrollConfig(probes=60, indices=8)
 

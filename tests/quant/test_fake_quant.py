@@ -7,7 +7,8 @@ from torch import nn
 from pgolf.model.roles import Role, roles_of
 from pgolf.quant.config import QuantConfig
 from pgolf.quant.fake_quant import FakeQuant, attach, detach
-from pgolf.quant.policy import dequantize, quantize_state
+from pgolf.quant.policy import quantize_state
+from pgolf.quant.records import dequantize
 
 
 class Linear(nn.Module):
@@ -51,9 +52,9 @@ def test_attaches_to_what_the_export_quantises_as_int6():
     assert attach(model, roles_of(model), CFG) == 2  # idempotent
 
 
-def test_nothing_to_attach_when_the_export_is_not_int6():
+def test_nothing_to_attach_when_the_export_has_no_grid():
     model = Toy()
-    assert attach(model, roles_of(model), QuantConfig(matrix="int8", keep_numel=0)) == 0
+    assert attach(model, roles_of(model), QuantConfig(matrix="fp16", keep_numel=0)) == 0
     assert not any(isinstance(m, FakeQuant) for m in model.modules())
 
 
@@ -79,7 +80,7 @@ def test_forward_is_that_of_the_reloaded_weights_and_detach_restores_it():
 def test_gradient_reaches_the_fp32_weight_with_the_floor_of_the_config():
     model = Toy()
     attach(model, roles_of(model), QuantConfig(keep_numel=64, scale_floor=1.0))
-    assert model.big.quant.scale_floor == 1.0
+    assert model.big.quant.rounding.scale_floor == 1.0
     x = torch.randn(5, 16)
     model.big(x).sum().backward()
     torch.testing.assert_close(model.big.weight.grad, x.sum(0).expand(16, 16))  # as if there were no rounding
