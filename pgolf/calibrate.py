@@ -87,6 +87,7 @@ class Calibration:
         work = lambda name: self.weights[name].numel() * self.weights[name].shape[1]
         self.names = sorted(targets(self.model, self.storage, skip), key=work, reverse=True)
         self.cost, self.facts = Cost(), {}
+        self.deadline = Deadline(self.dist, trainer.stop, math.inf)  # until `run` knows better
         self.diagonals: dict[str, Tensor] = {}
 
     @property
@@ -140,7 +141,7 @@ class Calibration:
         for name in self._share():
             shape = self.weights[name].shape
             for _ in range(0 if shape in seconds else 2):
-                seconds[shape] = self._timed(lambda name=name: self._solve(name, hessians.of(name)))
+                seconds[shape] = self._timed(lambda name=name: self.solve(name, hessians.of(name)))
         return sum(seconds[self.weights[name].shape] for name in self._share())
 
     def _timed(self, work: Callable[[], object]) -> float:
@@ -178,7 +179,7 @@ class Calibration:
         return given
 
     def _gptq(self) -> dict[str, Parts]:
-        hessians, rounds, tokens = self._collect()
+        hessians, rounds, tokens = self.collect()
         hessians.reduce_(self.dist)
         collected = self.deadline.clock.tick() / 1000
         found = {name: hessians.of(name) for name in self.names}
@@ -190,7 +191,7 @@ class Calibration:
             if before < longest:
                 break
             if i < len(share) and (h := found[share[i]]) is not None:
-                mine[share[i]] = self._solve(share[i], h)
+                mine[share[i]] = self.solve(share[i], h)
             longest = max(longest, before - self.deadline.left())
         given = {name: parts for some in self.dist.gather_objects(mine) for name, parts in some.items()}
         source = "text of its own" if self.quant.gptq.generated else "the training stream"
@@ -215,7 +216,7 @@ class Calibration:
         if rest:
             say(f"gptq: rounded plainly, being tables or left out by setting: {', '.join(rest)}")
 
-    def _collect(self) -> tuple[Hessians, int, int]:
+    def collect(self) -> tuple[Hessians, int, int]:
         """(Hessians, rounds of batches that there was time for, tokens over all ranks)."""
         hessians, rounds, tokens = Hessians(self.model, self.names), 0, 0
         batches, rest = self._batches(), self.cost.solve + self.cost.search
@@ -245,7 +246,7 @@ class Calibration:
         """This rank's matrices."""
         return self.names[self.dist.rank :: self.dist.world_size]
 
-    def _solve(self, name: str, h: Tensor) -> Parts:
+    def solve(self, name: str, h: Tensor) -> Parts:
         w, storage = self.weights[name].detach().float(), self.storage[name]
         if turned(self.infos[name], self.quant):
             w = rotate(w)  # rows among each other: the input side, and with it the Hessian, stays

@@ -72,7 +72,7 @@ def test_the_parts_are_those_of_the_averaged_weights(shards, tmp_path):
         hessians.add(stream.next_batch())
     stream.close()
     for name, parts in given.items():
-        want = trainer.calibration._solve(name, hessians.of(name))
+        want = trainer.calibration.solve(name, hessians.of(name))
         assert all((parts[key] == want[key]).all() for key in want), name
     assert len(given) == 20
 
@@ -160,7 +160,7 @@ def test_what_does_not_fit_is_left_out(shards, tmp_path, monkeypatch, batch_s, s
     trainer, hand = make_trainer(shards, tmp_path, "quant.gptq=on", "quant.gptq.batches=40", *CAPPED), [100.0]
     trainer.clock.elapsed_ms = 59_000.0
     trainer.calibration.cost = Cost(round=batch_s, solve=0.25 if batch_s else 0.0)
-    for owner, name, seconds in ((Hessians, "add", batch_s), (Calibration, "_solve", solve_s)):
+    for owner, name, seconds in ((Hessians, "add", batch_s), (Calibration, "solve", solve_s)):
         monkeypatch.setattr(owner, name, slowed(getattr(owner, name), seconds, hand))
     monkeypatch.setattr(calibrate, "Deadline", partial(calibrate.Deadline, now=lambda: hand[0]))
     given = trainer.calibration.run()
@@ -257,7 +257,7 @@ def _calibrated(world, rank, port, chosen, out):
         for param in trainer.model.parameters():
             param.add_(0.05 * torch.randn(param.shape, generator=gen))
     given = trainer.calibration.run()
-    hessians, _, tokens = trainer.calibration._collect()
+    hessians, _, tokens = trainer.calibration.collect()
     hessians.reduce_(dist)
     sums = {name: hessians.of(name).tolist() for name in trainer.calibration.names}
     dist.close()
