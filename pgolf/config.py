@@ -154,6 +154,9 @@ class _Load:
 
     def assign(self, path: str, text: str, source: str, typed: str) -> None:
         node = NODES[path]
+        before, _ = self.chosen.get(path, ("", ""))
+        if path in aliases.ADD_UP and source.startswith("environment") and before.startswith("environment"):
+            text = f"{tree.get(self.config, path)},{text}"
         try:
             value = tree.parse(text, node)
         except ValueError as err:
