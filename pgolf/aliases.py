@@ -51,6 +51,11 @@ def sized(section: str, setting: str, *also: Assign) -> Alias:
     return Alias((section, path, *(p for p, _ in also)), expand, section)
 
 
+def _chosen(path: str, off: str, on: str) -> Alias:
+    """0 sets one value, 1 the other."""
+    return Alias((path,), lambda text, _: [(path, on if tree.parse_bool(text) else off)])
+
+
 def _early_and_late(path: str) -> Alias:
     """PR #1130: the late half follows the early one unless its own variable is set (which comes further down)."""
     late = f"{path}_late"
@@ -129,12 +134,6 @@ def _layers_as(kind: str) -> Alias:
         return [("quant.overrides", ",".join(f"{pattern}={kind}" for pattern in patterns))]
 
     return Alias(("quant.overrides",), expand)
-
-
-def _lqer_asym(text: str, config: RunConfig) -> list[Assign]:
-    if not tree.parse_bool(text):  # without the asymmetric packing LQER stays as it was, on or off
-        return [("quant.low_rank.factors", "int4")] if config.quant.low_rank else []
-    return [("quant.low_rank", "on"), ("quant.low_rank.factors", "asym")]
 
 
 def _lqer_scope(text: str, _: RunConfig) -> list[Assign]:
@@ -268,15 +267,13 @@ ALIASES: dict[str, str | Alias] = {
     "INT5_LAYERS": _layers_as("int5"),
     "INT8_SENSITIVE": _layers_as("int8"),
     "USE_OPTROT": "quant.optrot",
-    "LQER_RANK": sized("quant.low_rank", "rank"),
-    "LQER_ASYM_ENABLED": Alias(("quant.low_rank", "quant.low_rank.factors"), _lqer_asym, "quant.low_rank", "=1"),
+    "LQER_ENABLED": gate("quant.low_rank"),
+    "LQER_RANK": "quant.low_rank.rank",
+    "LQER_ASYM_ENABLED": _chosen("quant.low_rank.factors", off="int4", on="asym"),
     "LQER_TOP_K": "quant.low_rank.top_k",
     "LQER_ASYM_GROUP": "quant.low_rank.group",
     "LQER_SCOPE": Alias(("quant.low_rank.scope",), _lqer_scope),
-    "LQER_GAIN_SELECT": Alias(
-        ("quant.low_rank.select",),
-        lambda text, _: [("quant.low_rank.select", "gain" if tree.parse_bool(text) else "error")],
-    ),
+    "LQER_GAIN_SELECT": _chosen("quant.low_rank.select", off="error", on="gain"),
     "TARGET_MB": sized("quant.prune", "target_mb"),
     "COMPRESSOR": "quant.codec",
     # names of our own, for what the scripts hard-code

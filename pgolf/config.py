@@ -50,6 +50,7 @@ NO_EFFECT: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "schedule.warmdown_iters": (lambda c: c.schedule.kind == "linear", "the schedule is not linear"),
     "schedule.cosine_cycles": (lambda c: c.schedule.kind == "cosine", "the schedule is not cosine"),
     "schedule.d2z_warmup_steps": (lambda c: c.schedule.kind == "d2z", "the schedule is not d2z"),
+    "quant.low_rank.group": (lambda c: c.quant.low_rank.factors == "asym", "quant.low_rank.factors is not asym"),
     "data.shards_per_batch": (lambda c: c.data.loader == "coprime_b", "the loader is not coprime_b"),
     "data.shard_hold_steps": (lambda c: c.data.loader == "coprime_b", "the loader is not coprime_b"),
     "data.max_loaded_shards": (lambda c: c.data.loader == "coprime_b", "the loader is not coprime_b"),
