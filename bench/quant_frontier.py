@@ -31,8 +31,8 @@ from pgolf.eval.base import evaluate
 from pgolf.log import RunLog
 from pgolf.quant import eggroll
 from pgolf.quant.config import CODEC_NAMES, EggrollConfig, GeneratedConfig, GptqConfig, QuantConfig
-from pgolf.quant.policy import Parts, quantize_state
-from pgolf.quant.records import Record
+from pgolf.quant.policy import quantize_state
+from pgolf.quant.records import Parts, Record
 from pgolf.snapshot import FOLDER
 from pgolf.train import Trainer
 

@@ -51,6 +51,11 @@ def sized(section: str, setting: str, *also: Assign) -> Alias:
     return Alias((section, path, *(p for p, _ in also)), expand, section)
 
 
+def _chosen(path: str, off: str, on: str) -> Alias:
+    """0 sets one value, 1 the other."""
+    return Alias((path,), lambda text, _: [(path, on if tree.parse_bool(text) else off)])
+
+
 def _early_and_late(path: str) -> Alias:
     """PR #1130: the late half follows the early one unless its own variable is set (which comes further down)."""
     late = f"{path}_late"
@@ -105,6 +110,50 @@ def _calibration(modes: dict[str, bool]) -> Callable[[str, RunConfig], list[Assi
         return [("quant.gptq.generated", "none")] if config.quant.gptq else []
 
     return expand
+
+
+def _bits(path: str) -> Alias:
+    def expand(text: str, _: RunConfig) -> list[Assign]:
+        if text not in ("4", "5", "6", "7", "8"):
+            raise ValueError("must be 4, 5, 6, 7 or 8")
+        return [(path, f"int{text}")]
+
+    return Alias((path,), expand)
+
+
+def _sigmas(path: str, pattern: str = "") -> Alias:
+    """A row's clip in standard deviations; with a `pattern` of the parameters that fit it. 0 leaves it as it is."""
+
+    def expand(text: str, _: RunConfig) -> list[Assign]:
+        return [] if tree.is_off(text) else [(path, f"{pattern}=:{text}sd" if pattern else f"{text}sd")]
+
+    return Alias((path,), expand)
+
+
+# The names that the public scripts give to layers, and ours.
+LAYER_NAMES = {"attn.c_q": "attn.q", "attn.c_k": "attn.k", "attn.c_v": "attn.v", "attn.proj": "attn.out",
+               "mlp.fc": "mlp.up", "mlp.proj": "mlp.down"}  # fmt: skip
+
+
+def _layers_as(kind: str) -> Alias:
+    """Comma-separated layer numbers or parts of names, as the scripts or we name them: these are stored as `kind`."""
+
+    def expand(text: str, _: RunConfig) -> list[Assign]:
+        patterns = []
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            for theirs, ours in LAYER_NAMES.items():
+                part = part.replace(theirs, ours)
+            patterns.append(f"blocks.{part}.*" if part.isdigit() else f"*{part}*")
+        return [("quant.overrides", ",".join(f"{pattern}={kind}" for pattern in patterns))]
+
+    return Alias(("quant.overrides",), expand)
+
+
+def _lqer_scope(text: str, _: RunConfig) -> list[Assign]:
+    scopes = {"all": "*", "mlp": "*.mlp.*", "attn": "*.attn.*", "embed": "*embed*"}
+    if text not in scopes:
+        raise ValueError(f"must be one of {', '.join(scopes)}")
+    return [("quant.low_rank.scope", scopes[text])]
 
 
 def _reserve_seconds(text: str, _: RunConfig) -> list[Assign]:
@@ -230,6 +279,24 @@ ALIASES: dict[str, str | Alias] = {
     "GPTQ_CALIBRATION_MODE": Alias(
         ("quant.gptq.generated", "quant.gptq"), _calibration({"train": False, "generated": True})
     ),
+    "CROWN_Q_LAMBDA": sized("quant.crown_q", "coef"),
+    "MATRIX_BITS": _bits("quant.matrix"),
+    "EMBED_BITS": _bits("quant.embed"),
+    "MATRIX_CLIP_SIGMAS": _sigmas("quant.matrix_clip"),
+    "EMBED_CLIP_SIGMAS": _sigmas("quant.embed_clip"),
+    "ATTN_CLIP_SIGMAS": _sigmas("quant.overrides", "*.attn.*"),
+    "MLP_CLIP_SIGMAS": _sigmas("quant.overrides", "*.mlp.*"),
+    "INT5_LAYERS": _layers_as("int5"),
+    "INT8_SENSITIVE": _layers_as("int8"),
+    "USE_OPTROT": "quant.optrot",
+    "LQER_ENABLED": gate("quant.low_rank"),
+    "LQER_RANK": "quant.low_rank.rank",
+    "LQER_ASYM_ENABLED": _chosen("quant.low_rank.factors", off="int4", on="asym"),
+    "LQER_TOP_K": "quant.low_rank.top_k",
+    "LQER_ASYM_GROUP": "quant.low_rank.group",
+    "LQER_SCOPE": Alias(("quant.low_rank.scope",), _lqer_scope),
+    "LQER_GAIN_SELECT": _chosen("quant.low_rank.select", off="error", on="gain"),
+    "TARGET_MB": sized("quant.prune", "target_mb"),
     "COMPRESSOR": "quant.codec",
     # names of our own, for what the scripts hard-code
     "KERNELS": "kernels.default",
@@ -274,6 +341,8 @@ def schedule_kind(flags: Mapping[str, str], current: str) -> tuple[str, str] | N
     return next(((name, "linear") for name in given if SCHEDULE_FLAGS[name] == current), None)
 
 
+# Settings that are lists of rules: what several variables say adds up.
+ADD_UP = {"quant.overrides"}
 KNOWN = ("PRESET", *ALIASES, *SCHEDULE_FLAGS, *NOT_YET, *INERT)
 # Foreign names that look like ours: a build image's KERNEL is no typo of KERNELS.
 FOREIGN = {"KERNEL", "DEVICES"}

@@ -24,9 +24,9 @@ from pgolf.errors import NumericalError
 from pgolf.model.gpt import GPT
 from pgolf.model.mlp import ACTIVATIONS
 from pgolf.quant import eggroll, generate, gptq
-from pgolf.quant.hadamard import rotate
 from pgolf.quant.hessian import Hessians
-from pgolf.quant.policy import Parts, Storage, candidate_clips, grid_of, quantize_state, storage_of, turned
+from pgolf.quant.policy import Storage, candidate_clips, grid_of, quantize_state, rows_to_round, storage_of
+from pgolf.quant.records import Parts
 from pgolf.quant.weight_cast import linears_of
 from pgolf.signals import Stop
 
@@ -80,7 +80,6 @@ class Calibration:
         self.trainer, self.dist, self.model = trainer, trainer.dist, trainer.model
         self.quant, self.seed = trainer.cfg.quant, trainer.cfg.train.seed
         self.storage = storage_of(trainer.infos, self.quant)
-        self.infos = {info.name: info for info in trainer.infos}
         self.weights = {info.name: info.param for info in trainer.infos}
         skip = self.quant.gptq is not None and self.quant.gptq.skip_mlp
         # the costly first, so that dealing them out in turn gives every rank about as much
@@ -247,9 +246,9 @@ class Calibration:
         return self.names[self.dist.rank :: self.dist.world_size]
 
     def solve(self, name: str, h: Tensor) -> Parts:
-        w, storage = self.weights[name].detach().float(), self.storage[name]
-        if turned(self.infos[name], self.quant):
-            w = rotate(w)  # rows among each other: the input side, and with it the Hessian, stays
+        storage = self.storage[name]
+        # a rotation mixes rows, so that the input side, and with it the Hessian, stays what it is
+        w = rows_to_round(self.weights[name].detach().float(), storage)
         clips = candidate_clips(w, storage)
         try:
             q, step = gptq.quantize(w, h, grid_of(storage.kind), clips, self.quant.scale_floor, self.quant.gptq)

@@ -51,6 +51,7 @@ NO_EFFECT: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "schedule.cosine_cycles": (lambda c: c.schedule.kind == "cosine", "the schedule is not cosine"),
     "schedule.d2z_warmup_steps": (lambda c: c.schedule.kind == "d2z", "the schedule is not d2z"),
     "quant.gptq.batches": (lambda c: not c.quant.gptq.generated, "GPTQ calibrates on generated text"),
+    "quant.low_rank.group": (lambda c: c.quant.low_rank.factors == "asym", "quant.low_rank.factors is not asym"),
     "data.shards_per_batch": (lambda c: c.data.loader == "coprime_b", "the loader is not coprime_b"),
     "data.shard_hold_steps": (lambda c: c.data.loader == "coprime_b", "the loader is not coprime_b"),
     "data.max_loaded_shards": (lambda c: c.data.loader == "coprime_b", "the loader is not coprime_b"),
@@ -155,6 +156,9 @@ class _Load:
 
     def assign(self, path: str, text: str, source: str, typed: str) -> None:
         node = NODES[path]
+        before, _ = self.chosen.get(path, ("", ""))
+        if path in aliases.ADD_UP and source.startswith("environment") and before.startswith("environment"):
+            text = f"{tree.get(self.config, path)},{text}"
         try:
             value = tree.parse(text, node)
         except ValueError as err:

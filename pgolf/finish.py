@@ -18,7 +18,7 @@ from pgolf.errors import BudgetError
 from pgolf.eval.base import EvalResult, Evaluator, evaluate
 from pgolf.eval.windowed import PlainWindows, SlidingWindows
 from pgolf.model.gpt import GPT, parameter_count
-from pgolf.quant.policy import Parts
+from pgolf.quant.records import Parts
 
 if TYPE_CHECKING:
     from pgolf.train import Trainer

@@ -17,8 +17,8 @@ from pgolf.model.config import ModelConfig
 from pgolf.model.gpt import GPT
 from pgolf.model.roles import ParamInfo
 from pgolf.quant.config import QuantConfig
-from pgolf.quant.policy import Parts, quantize_state
-from pgolf.quant.records import dequantize
+from pgolf.quant.policy import quantize_state
+from pgolf.quant.records import Parts, dequantize
 
 MAX_LENGTH = 1 << 20  # positions that a loaded model makes rotary tables for
 

@@ -17,19 +17,18 @@ from pgolf.quant.config import Clip, QuantConfig, parse_clip, parse_overrides
 from pgolf.quant.grid import GRIDS, Grid, round_to, steps_of
 from pgolf.quant.hadamard import can_rotate, rotate
 from pgolf.quant.lowrank import correct
-from pgolf.quant.records import Record, as_rows, n_rows
+from pgolf.quant.records import Record, as_rows, dequantize, n_rows
 
 # The QuantConfig field that names the kind; with _clip behind it, the clip. Other roles are few and sensitive: fp16.
 SETTING_OF = {Role.MATRIX: "matrix", Role.SIDE_MATRIX: "matrix", Role.EMBED: "embed", Role.HEAD: "embed"}
-
-Parts = dict[str, np.ndarray]  # a record's arrays by name
 
 
 class Storage(NamedTuple):
     """How one parameter is stored."""
 
-    kind: str  # key of records.KINDS
+    kind: str  # one of config.QUANT_KINDS
     clip: Clip = Clip("max")  # of kinds on a grid
+    turned: bool = False  # rounded in a Hadamard basis
 
 
 def grid_of(kind: str) -> Grid | None:
@@ -56,7 +55,8 @@ def storage_of(infos: Iterable[ParamInfo], cfg: QuantConfig) -> dict[str, Storag
             if fnmatchcase(info.name, rule.pattern):
                 kind, clip = rule.kind or kind, rule.clip or clip
                 fitted.add(rule)
-        out[info.name] = Storage(kind, parse_clip(clip, kind))
+        turned = cfg.optrot and kind in GRIDS and setting == "matrix" and can_rotate(n_rows(info.param.shape))
+        out[info.name] = Storage(kind, parse_clip(clip, kind), turned)
     if idle := [rule.pattern for rule in overrides if rule not in fitted]:
         some = [name for name, storage in out.items() if storage.kind != "fp16"]
         raise ConfigError(f"quant.overrides: {idle[0]} fits no parameter that is quantised; such are {some[:3]}")
@@ -67,48 +67,53 @@ def quantize_state(
     state: dict[str, Tensor],
     infos: list[ParamInfo],
     cfg: QuantConfig,
-    given: Mapping[str, Parts] | None = None,
+    given: Mapping[str, dict[str, np.ndarray]] | None = None,
     diagonals: Mapping[str, Tensor] | None = None,
 ) -> list[Record]:
     """Quantises `state` {name: fp32 tensor of any shape} in the order of `infos`.
 
-    given: {name: integers and steps} of those that calibration has rounded. diagonals: {name: mean square of each input
-    (cols,)} for the low-rank correction, of the parameters that have one.
-
-    Raises ValueError unless `state` and `infos` name the same parameters, NumericalError on weights that are not finite
-    or do not fit their kind, ConfigError on an override that fits nothing.
+    given: {name: q and scale} of what was rounded by other means, from `rows_to_round`. diagonals: {name: mean square
+    of each input (cols,)}, for the low-rank correction. Raises ValueError unless `state` and `infos` name the same
+    parameters and `given` parts are theirs, NumericalError on weights that are not finite or do not fit their kind,
+    ConfigError on an override that fits nothing.
     """
     names = {i.name for i in infos}
     if names != state.keys():
         raise ValueError(f"state and infos differ: {sorted(names ^ state.keys())[:5]} are in one of the two only")
-    table = storage_of(infos, cfg)
-    given = given or {}
+    table, given = storage_of(infos, cfg), given or {}
     records = [_quantize(info, state[info.name], table[info.name], cfg, given.get(info.name)) for info in infos]
     return correct(records, state, cfg.low_rank, diagonals) if cfg.low_rank else records
 
 
-def turned(info: ParamInfo, cfg: QuantConfig) -> bool:
-    """Whether the rows of this parameter, which is on a grid, are rotated before they are rounded."""
-    return cfg.optrot and SETTING_OF[info.role] == "matrix" and can_rotate(n_rows(info.param.shape))
+def rows_to_round(w: Tensor, storage: Storage) -> Tensor:
+    """w of any shape -> the rows (rows, cols) whose integers are stored."""
+    return rotate(as_rows(w)) if storage.turned else as_rows(w)
 
 
-def _quantize(info: ParamInfo, w: Tensor, storage: Storage, cfg: QuantConfig, given: Parts | None) -> Record:
+def _quantize(info: ParamInfo, w: Tensor, storage: Storage, cfg: QuantConfig, given: dict | None) -> Record:
     w = w.detach().to("cpu", torch.float32)
     if not torch.isfinite(w).all():
         raise NumericalError(f"{info.name}: inf or NaN in the weights to export; export an earlier checkpoint")
     try:
-        if storage.kind not in GRIDS:
-            parts = {"value": _float(w, storage.kind).numpy()}
-            return Record(info.name, info.role.value, storage.kind, tuple(w.shape), parts)
-        rotated = turned(info, cfg)
-        kind = f"{storage.kind}+optrot" if rotated else storage.kind
-        if given is None:
-            rows = as_rows(w)
-            q, step = nearest(rotate(rows) if rotated else rows, storage, cfg.scale_floor)
-            given = {"q": q.view(w.shape).numpy(), "scale": step.numpy()}
-        return Record(info.name, info.role.value, kind, tuple(w.shape), given)
+        parts = given or _parts(w, storage, cfg.scale_floor)
     except ValueError as e:
         raise NumericalError(f"{info.name}: max |w| = {w.abs().max():.3g} does not fit {storage.kind} ({e})") from e
+    kind = f"{storage.kind}+optrot" if storage.turned else storage.kind
+    record = Record(info.name, info.role.value, kind, tuple(w.shape), parts)
+    if given and (w - dequantize([record])[info.name]).norm() > w.norm():
+        raise ValueError(f"{info.name}: the given parts are not of this weight, or not of its rows_to_round")
+    return record
+
+
+def _parts(w: Tensor, storage: Storage, floor: float) -> dict[str, np.ndarray]:
+    """What is stored of w, without any correction. ValueError when w does not fit."""
+    if storage.kind in GRIDS:
+        q, step = nearest(rows_to_round(w, storage), storage, floor)
+        return {"q": q.view(w.shape).numpy(), "scale": step.numpy()}
+    value = w.clone() if storage.kind == "float" else w.half()
+    if not torch.isfinite(value).all():
+        raise ValueError("fp16 ends at 65504")
+    return {"value": value.numpy()}
 
 
 def nearest(rows: Tensor, storage: Storage, floor: float) -> tuple[Tensor, Tensor]:
@@ -124,12 +129,3 @@ def nearest(rows: Tensor, storage: Storage, floor: float) -> tuple[Tensor, Tenso
     errors = [(rows - q * step.float()[:, None]).square().sum(dim=1) for q, step in zip(tries, steps, strict=True)]
     kept, row = least(errors, storage.clip), torch.arange(len(rows))
     return torch.stack(tries)[kept, row], torch.stack(steps)[kept, row]
-
-
-def _float(w: Tensor, kind: str) -> Tensor:
-    if kind == "float":
-        return w.clone()
-    value = w.half()
-    if not torch.isfinite(value).all():
-        raise ValueError("fp16 ends at 65504")
-    return value

@@ -28,6 +28,9 @@ FLOATS = {"fp16": "float16", "float": "float32"}
 STAGES = [[], ["optrot"], ["lowrank"], ["optrot", "lowrank"]]
 
 
+Parts = dict[str, np.ndarray]  # the arrays of a record, by name
+
+
 @dataclass(frozen=True, eq=False)
 class Record:
     """One stored tensor: its name and role, its kind, its shape and the arrays it consists of.
