@@ -118,12 +118,14 @@ class Calibration:
         self.trainer.log.line(f"calibration takes about {needed:.2f} s; {kept:.2f} s of training are kept for it{few}")
 
     def _measure(self) -> Cost:
-        """The second time counts: the first one allocates, loads libraries and may compile."""
+        """The second time of everything counts: the first one allocates, loads libraries and may compile."""
         round_s = solve = search = loss_s = 0.0
         if self.quant.gptq:
             hessians, batches = Hessians(self.model, self.names), self._batches()
-            for _ in range(2):
-                round_s = self._timed(lambda: hessians.add(next(batches)))
+            first = next(batches, None)  # none, where there are more ranks than batches
+            if first is not None:
+                hessians.add(first)
+                round_s = self._timed(lambda: hessians.add(next(batches, first)))
             batches.close()
             solve = self._timed(lambda: hessians.reduce_(self.dist)) + self._measure_gptq(hessians)
         if self.quant.eggroll:

@@ -127,6 +127,12 @@ def test_the_reserve_is_measured_and_taken_off(shards, tmp_path):
     assert trainer.loader.state_dict() == {"tokens": 0}
 
 
+def test_a_trial_of_a_single_batch(shards, tmp_path):
+    trainer = make_trainer(shards, tmp_path, "quant.gptq=on", "quant.gptq.batches=1", *CAPPED)
+    trainer.calibration.keep_reserve()
+    assert trainer.calibration.cost.round > 0 and trainer.calibration.rounds == 1
+
+
 def test_a_reserve_that_is_set_stays_and_is_judged(shards, tmp_path):
     for ms, judged in ((1, True), (50_000, False)):
         trainer = make_trainer(shards, tmp_path / str(ms), *GPTQ, *CAPPED, f"train.reserve_ms={ms}")
