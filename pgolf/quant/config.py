@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 QUANT_KINDS = ("int6", "int8", "fp16", "float")
-CODEC_NAMES = ("brotli", "zstd", "lzma", "zlib")
+CODEC_NAMES = ("brotli", "zstd", "lzma", "zlib", "auto")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class QuantConfig:
     # max |w| < 1 on a fixed grid and so acts as a rate control; 0 is the plain relative grid.
     scale_floor: float = 0.0
     int8_clip: float = 0.9999984  # quantile of |w| per row that int8 keeps
-    codec: str = "brotli"  # brotli, zstd, lzma or zlib
+    codec: str = "brotli"  # brotli, zstd, lzma, zlib, or auto: the smallest in each stream
     level: int = -1  # -1: the codec's strongest level
     late_qat: LateQatConfig | None = None
 
