@@ -61,7 +61,7 @@ def given(q: np.ndarray, context: np.ndarray) -> float:
 
 
 def classes(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scale classes of rows and columns of q (rows, columns): root mean squares in STEPs of an octave, fitted in turn."""
+    """Scale classes of rows and columns of q (rows, columns): rms in STEPs of an octave, fitted in turn."""
     square = q.astype(np.float64) ** 2 + 1 / 12  # a rounded value is spread over one step
     row, col = np.zeros(q.shape[0]), np.zeros(q.shape[1])
     for _ in range(4):

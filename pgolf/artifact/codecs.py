@@ -88,6 +88,11 @@ def known(number: int) -> Codec:
     raise ArtifactError(f"codec id {number}: unknown; the artifact is damaged or from a newer pgolf")
 
 
+def name_of(codec: Codec) -> str:
+    """What `quant.codec` calls it."""
+    return next(name for name, known_ in CODECS.items() if known_ is codec)
+
+
 def need(used: Iterable[Codec]) -> None:
     """Raises SetupError, which names all packages that are missing, unless every codec of `used` can decompress."""
     missing = [p for p in packages(used) if not _installed(p)]

@@ -79,7 +79,7 @@ def quantize_state(state: dict[str, Tensor], infos: list[ParamInfo], cfg: QuantC
 
 
 def _quantize(info: ParamInfo, w: Tensor, cfg: QuantConfig) -> Record:
-    kind = kind_of(info.role, w.numel(), cfg)
+    kind = kind_of(info.role, info.param.numel(), cfg)
     w = w.detach().to("cpu", torch.float32)
     if not torch.isfinite(w).all():
         raise NumericalError(f"{info.name}: inf or NaN in the weights to export; export an earlier checkpoint")
