@@ -13,6 +13,7 @@ from pgolf.errors import ConfigError
 # command: (module, which has main(argv, environ) -> exit code; what it does)
 COMMANDS = {
     "doctor": ("pgolf.doctor.command", "check this machine; --bench measures it, --compare RUN_DIR says what differs"),
+    "size": ("pgolf.size.command", "bytes before training, from settings; or of an artifact, a run, a submission"),
 }
 
 

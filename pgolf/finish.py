@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def check_ready(cfg: RunConfig) -> None:
     """Before the first step: what will be needed to save and to export is here. Raises SetupError when a package is
     missing and ConfigError on a level that the codec does not have."""
-    codecs.get(cfg.quant.codec).compress(b"", cfg.quant.level)
+    codecs.choice(cfg.quant.codec, cfg.quant.level)
     if cfg.train.keep_checkpoints:
         checkpoint.library()
 

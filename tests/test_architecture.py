@@ -22,7 +22,7 @@ LAYERS = [
     {"train"},
     {"run"},
     {"cli", "lab"},
-    {"doctor"},
+    {"doctor", "size"},
     {"__main__"},
 ]
 LEAVES = {

@@ -14,7 +14,10 @@ LIMIT = 16_000_000  # decimal bytes; the challenge counts no MiB
 
 @dataclass(frozen=True)
 class SizeReport:
-    """Sizes in bytes. `items` {what: bytes} adds up to `total_bytes`; `headroom` is negative when over the limit."""
+    """Sizes in bytes. `items` {what: bytes} adds up to `total_bytes`; `headroom` is negative when over the limit.
+
+    An item is "table", "code", or a group of stored parts, `role.kind.part`.
+    """
 
     artifact_bytes: int
     code_bytes: int
@@ -22,9 +25,16 @@ class SizeReport:
     headroom: int
     items: dict[str, int]
 
+    def by_role(self) -> dict[str, int]:
+        """The items of each role together, with "table" and "code"; adds up to `total_bytes` too."""
+        out: dict[str, int] = {}
+        for name, size in self.items.items():
+            out[role_of(name)] = out.get(role_of(name), 0) + size
+        return out
+
     def lines(self) -> list[str]:
         """For the console: every item, largest first, then the total."""
-        rows = [*_largest(self.items), ("total", self.total_bytes)]
+        rows = [*largest(self.items), ("total", self.total_bytes)]
         width = max(len(name) for name, _ in rows)
         out = [f"  {name:<{width}} {size:>12,} B {size / LIMIT:>7.2%}" for name, size in rows]
         state = f"{self.headroom:,} B left" if self.headroom >= 0 else f"{-self.headroom:,} B OVER"
@@ -49,17 +59,42 @@ def account(artifact: bytes | str | Path, code: bytes) -> SizeReport:
     return SizeReport(len(artifact), len(code), total, LIMIT - total, {**measure(artifact), "code": len(code)})
 
 
+def account_folder(folder: str | Path) -> tuple[SizeReport, dict[str, tuple[int, bool]]]:
+    """Sizes of a run's or a submission's folder, and {file: (bytes, does it count)} of all that lies in it.
+
+    What counts is the one artifact, *.pgolf, and every Python file beside it. Raises ArtifactError unless there is one
+    artifact, and code.
+    """
+    folder = Path(folder)
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    artifacts, code = ([p for p in files if p.suffix == suffix] for suffix in (".pgolf", ".py"))
+    if len(artifacts) != 1 or not code:
+        raise ArtifactError(
+            f"{folder}: {len(artifacts)} artifacts (*.pgolf) and {len(code)} Python files, expected one artifact and "
+            "the code that runs it: a run's folder, or a submission's"
+        )
+    counted = {*artifacts, *code}
+    report = account(artifacts[0], b"".join(p.read_bytes() for p in code))
+    return report, {p.name: (p.stat().st_size, p in counted) for p in files}
+
+
 def check(report: SizeReport) -> None:
     """Raises BudgetError when the report is over the limit, with what would have to shrink."""
     if report.headroom >= 0:
         return
-    largest = ", ".join(f"{name} {size:,} B" for name, size in _largest(report.items)[:3])
+    most = ", ".join(f"{name} {size:,} B" for name, size in largest(report.items)[:3])
     raise BudgetError(
         f"{report.total_bytes:,} bytes of artifact and code, the limit is {LIMIT:,}: {-report.headroom:,} must go.\n"
-        f"Largest: {largest}.\n"
-        "Use a smaller model (model.plan.num_layers, model.mlp.mult), fewer bits (quant.embed=int6) or another codec."
+        f"Largest: {most}.\n"
+        "`python -m pgolf size RUN_DIR` names the three cheapest ways to save them."
     )
 
 
-def _largest(items: dict[str, int]) -> list[tuple[str, int]]:
+def role_of(item: str) -> str:
+    """The role in the name of an item."""
+    return item.partition(".")[0]
+
+
+def largest(items: dict[str, int]) -> list[tuple[str, int]]:
+    """(name, bytes), the largest first."""
     return sorted(items.items(), key=lambda item: (-item[1], item[0]))

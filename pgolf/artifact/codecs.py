@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -34,11 +34,15 @@ class Codec:
 
     def compress(self, data: bytes, level: int = -1) -> bytes:
         """Compresses at `level`, -1 being the strongest. Raises ConfigError on a level that the codec does not have."""
+        self.check_level(level)
+        return self.pack(data, self.levels[-1] if level == -1 else level)
+
+    def check_level(self, level: int) -> None:
+        """Raises ConfigError on a level that this codec does not have."""
         if level != -1 and level not in self.levels:
             raise ConfigError(
                 f"quant.level={level}: this codec has -1 (strongest), {self.levels[0]}..{self.levels[-1]}"
             )
-        return self.pack(data, self.levels[-1] if level == -1 else level)
 
     def decompress(self, data: bytes, max_size: int) -> bytes:
         """Raises ArtifactError on damaged data, or as soon as there is more than `max_size` bytes of output.
@@ -59,19 +63,55 @@ class Codec:
 def get(name: str) -> Codec:
     """The codec of that name. Raises ConfigError on an unknown name, SetupError when its package is missing."""
     if name not in CODECS:
-        raise ConfigError(f"codec {name!r}: expected one of {', '.join(CODECS)}")
+        raise ConfigError(f"codec {name!r}: expected one of {', '.join(CODECS)} or auto")
     codec = CODECS[name]
     if codec.package:
         _package(codec.package)
     return codec
 
 
-def by_id(number: int) -> Codec:
-    """The codec with this container id. Raises ArtifactError on an unknown id, SetupError on a missing package."""
-    for name, codec in CODECS.items():
+def choice(name: str, level: int = -1) -> list[Codec]:
+    """The codecs that `quant.codec` names: one, or for "auto" all. Raises like `get`, also for "auto": if it made do
+    with what is installed, it would silently write larger artifacts on one machine than on another. ConfigError on a
+    level that one of them does not have."""
+    found = [get(n) for n in (CODECS if name == "auto" else [name])]
+    for codec in found:
+        codec.check_level(level)
+    return found
+
+
+def known(number: int) -> Codec:
+    """The codec with this container id, installed or not. Raises ArtifactError on an unknown id."""
+    for codec in CODECS.values():
         if codec.id == number:
-            return get(name)
+            return codec
     raise ArtifactError(f"codec id {number}: unknown; the artifact is damaged or from a newer pgolf")
+
+
+def name_of(codec: Codec) -> str:
+    """What `quant.codec` calls it."""
+    return next(name for name, known_ in CODECS.items() if known_ is codec)
+
+
+def need(used: Iterable[Codec]) -> None:
+    """Raises SetupError, which names all packages that are missing, unless every codec of `used` can decompress."""
+    missing = [p for p in packages(used) if not _installed(p)]
+    if missing:
+        raise SetupError(
+            f"this artifact needs {' and '.join(missing)} to be read; run: pip install {' '.join(missing)}"
+        )
+
+
+def packages(used: Iterable[Codec]) -> list[str]:
+    """What pip must have installed for these codecs, sorted."""
+    return sorted({codec.package for codec in used if codec.package})
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(_package(name))
+    except SetupError:
+        return False
 
 
 def _package(name: str) -> ModuleType:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 GRID_KINDS = ("int8", "int7", "int6", "int5", "int4", "ternary")
 QUANT_KINDS = (*GRID_KINDS, "fp16", "float")
-CODEC_NAMES = ("brotli", "zstd", "lzma", "zlib")
+CODEC_NAMES = ("brotli", "zstd", "lzma", "zlib", "auto")
 FACTORS = ("asym", "int4", "int8", "fp16")
 SEARCHES = ("best", "best-row")
 # What "auto" is: the rule that the public scripts have for the kind, and BitNet's for ternary.
@@ -189,7 +189,7 @@ class QuantConfig:
     # Floor on a row's step: step >= floor / qmax. The challenge's scripts all have 1.0, which puts every row with
     # max |w| < 1 on a fixed grid and so acts as a rate control; 0 is the plain relative grid.
     scale_floor: float = 0.0
-    codec: str = "brotli"  # brotli, zstd, lzma or zlib
+    codec: str = "brotli"  # brotli, zstd, lzma, zlib, or auto: the smallest in each stream
     level: int = -1  # -1: the codec's strongest level
     gptq: GptqConfig | None = None
     eggroll: EggrollConfig | None = None

@@ -41,8 +41,8 @@ def test_over_the_limit_names_the_three_largest():
     with pytest.raises(BudgetError) as e:
         check(account(artifact(), bytes(LIMIT)))
     largest = str(e.value).splitlines()[1]
-    assert largest.index("code") < largest.index("matrix.q.int8") < largest.index("table")
-    assert "matrix.scale" not in largest
+    assert largest.index("code") < largest.index("matrix.int8.q") < largest.index("table")
+    assert "matrix.int8.scale" not in largest
 
 
 def test_lines_show_every_item_and_the_state():

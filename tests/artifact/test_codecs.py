@@ -10,15 +10,16 @@ import pytest
 
 from pgolf.artifact import codecs
 from pgolf.errors import ArtifactError, ConfigError, SetupError
-from pgolf.quant.config import CODEC_NAMES
+from pgolf.quant.config import CODEC_NAMES as SETTINGS
 
+CODEC_NAMES = [name for name in SETTINGS if name != "auto"]
 DATA = np.random.default_rng(0).normal(0, 6, 20_000).astype(np.int8).tobytes()
 
 
 def test_the_settings_know_the_same_codecs_and_ids_are_unique():
     assert set(codecs.CODECS) == set(CODEC_NAMES)
     assert len({c.id for c in codecs.CODECS.values()}) == len(CODEC_NAMES)
-    assert all(codecs.by_id(c.id) is c for c in codecs.CODECS.values())
+    assert all(codecs.known(c.id) is c for c in codecs.CODECS.values())
 
 
 @pytest.mark.parametrize("name", CODEC_NAMES)
@@ -66,9 +67,22 @@ def test_damage_raises_artifact_error_or_shows_in_the_output(name):
 @pytest.mark.parametrize(("name", "package"), [("brotli", "brotli"), ("zstd", "zstandard")])
 def test_missing_package_is_named_with_its_pip_line(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    for f in (lambda: codecs.get(name), lambda: codecs.by_id(codecs.CODECS[name].id)):
-        with pytest.raises(SetupError, match=f"pip install {package}"):
+    used = codecs.CODECS[name]
+    for f in (lambda: codecs.get(name), lambda: codecs.choice("auto"), lambda: codecs.need([used, used])):
+        with pytest.raises(SetupError, match=f"pip install {package}$"):
             f()
+    codecs.need([codecs.CODECS["lzma"]])
+
+
+def test_all_missing_packages_are_named_at_once(monkeypatch):
+    for package in ("brotli", "zstandard"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SetupError, match=r"needs brotli and zstandard.*pip install brotli zstandard$"):
+        codecs.need(codecs.CODECS.values())
+
+
+def test_auto_is_all_of_them():
+    assert codecs.choice("auto") == list(codecs.CODECS.values()) and codecs.choice("lzma") == [codecs.CODECS["lzma"]]
 
 
 def test_importing_needs_no_codec(monkeypatch):
@@ -87,6 +101,6 @@ def test_unknown_codec_and_level():
     with pytest.raises(ConfigError, match="brotli, zstd, lzma, zlib"):
         codecs.get("lz4")
     with pytest.raises(ArtifactError, match="codec id 99"):
-        codecs.by_id(99)
+        codecs.known(99)
     with pytest.raises(ConfigError, match=r"level=12.*0\.\.11"):
         codecs.get("brotli").compress(b"", 12)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from pgolf.artifact import streams as stream_choice
 from pgolf.artifact.codecs import CODECS
-from pgolf.artifact.pack import HEAD, LAYOUTS, Spec, measure, pack, unpack
-from pgolf.errors import ArtifactError, ConfigError
+from pgolf.artifact.layouts import LAYOUTS, Layout, Spec
+from pgolf.artifact.pack import HEAD, contents, measure, pack, unpack
+from pgolf.errors import ArtifactError, ConfigError, SetupError
 from pgolf.kernels.int6 import int6
 from pgolf.model.roles import ParamInfo, Role
 from pgolf.quant.config import QuantConfig
@@ -46,7 +49,7 @@ def records(**kwargs):
 ARTIFACT = pack(records(), META, "zlib", 6)
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [*CODECS, "auto"])
 @pytest.mark.parametrize("matrix", ["int6", "int8", "fp16", "float"])
 def test_round_trip_is_bit_exact(codec, matrix):
     before = records(matrix=matrix)
@@ -64,7 +67,7 @@ def test_reloaded_int6_is_what_fake_quantisation_trained():
         assert torch.equal(back[info.name], int6(info.param.detach()))
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [*CODECS, "auto"])
 def test_same_input_same_bytes(codec):
     assert pack(records(), META, codec) == pack(records(), dict(reversed(META.items())), codec)
 
@@ -74,7 +77,7 @@ def test_items_are_literal_and_add_up(codec):
     data = pack(records(), META, codec)
     items = measure(data)
     assert sum(items.values()) == len(data)
-    assert {"table", "matrix.q.int8", "matrix.scale.float16", "embed.q.int8", "vector.value.float16"} <= items.keys()
+    assert {"table", "matrix.int6.q", "matrix.int6.scale", "embed.int8.q", "vector.fp16.value"} <= items.keys()
     # an item counts what its tensors cost: without the matrices exactly the other streams stay
     rest = measure(pack([r for r in records() if r.role != "matrix"], META, codec))
     assert {k: v for k, v in items.items() if k in rest and k != "table"} == {
@@ -97,15 +100,51 @@ def test_the_smallest_layout_is_kept():
     smooth = np.repeat(np.arange(40, dtype=np.int8)[None], 200, 0).copy()  # a column is constant
     exponents = (2.0 ** np.random.default_rng(0).uniform(-6, -5, 4000)).astype(np.float16)  # high bytes alike
     for role, kind, part, a in (("matrix", "int6", "q", smooth), ("vector", "fp16", "value", exponents)):
-        size = measure(pack([Record("x", role, kind, a.shape, {part: a})], {}, "zlib"))[f"{role}.{part}.{a.dtype}"]
+        size = measure(pack([Record("x", role, kind, a.shape, {part: a})], {}, "zlib"))[f"{role}.{kind}.{part}"]
         sizes = [len(CODECS["zlib"].compress(lay.encode(a))) for lay in LAYOUTS.values() if lay.applies(a.dtype)]
         assert size == min(sizes) < max(sizes)
+
+
+def test_arrays_part_where_that_is_smaller_and_stay_together_where_not():
+    rng = np.random.default_rng(0)
+    rows = np.repeat(rng.integers(-9, 9, 300, dtype=np.int8)[:, None], 300, 1).copy()  # one layout suits it
+    columns = rows.T.copy()  # the other
+    apart = pack([Record(n, "matrix", "int6", a.shape, {"q": a}) for n, a in (("a", rows), ("b", columns))], {}, "auto")
+    layouts = [(s.layout, len(s.items)) for s in contents(apart)[2]]
+    assert sorted(layouts) == [("columns", 1), ("rows", 1)]
+    alike = [Record(str(i), "vector", "fp16", (3,), {"value": np.ones(3, np.float16)}) for i in range(20)]
+    assert [len(s.items) for s in contents(pack(alike, {}, "auto"))[2]] == [20]
+
+
+def test_auto_is_never_larger_than_one_codec_and_says_what_its_reader_needs(monkeypatch):
+    one = {name: pack(records(), META, name) for name in CODECS}
+    auto = pack(records(), META, "auto")
+    assert len(auto) <= min(map(len, one.values()))
+    monkeypatch.setitem(sys.modules, "brotli", None)
+    assert sum(measure(one["brotli"]).values()) == len(one["brotli"])  # sizes can be told without it
+    with pytest.raises(SetupError, match="needs brotli to be read; run: pip install brotli"):
+        unpack(one["brotli"])
+    with pytest.raises(SetupError, match="pip install brotli"):  # never a larger artifact instead
+        pack(records(), META, "auto")
+    assert unpack(one["lzma"])[0] == records()
+
+
+def test_packing_checks_what_it_wrote(monkeypatch):
+    wrong = LAYOUTS["rows"].decode
+    damaged = Layout(LAYOUTS["rows"].applies, LAYOUTS["rows"].encode, lambda b, s: wrong(b, s) ^ 1)
+    monkeypatch.setattr(stream_choice, "LAYOUTS", {"rows": damaged})
+    monkeypatch.setitem(LAYOUTS, "rows", damaged)
+    some = [r for r in records() if r.name == "embed"]
+    for r in some:
+        del r.parts["scale"]
+    with pytest.raises(ArtifactError, match="does not unpack to the same"):
+        pack(some, {}, "zlib")
 
 
 def test_one_value_a_byte_beats_packed_bits():
     w = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     info = ParamInfo("w", nn.Parameter(w), Role.MATRIX, None)
-    size = measure(pack(quantize_state({"w": w}, [info], QuantConfig(keep_numel=0)), {}, "brotli"))["matrix.q.int8"]
+    size = measure(pack(quantize_state({"w": w}, [info], QuantConfig(keep_numel=0)), {}, "brotli"))["matrix.int6.q"]
     assert size < 0.95 * w.numel() * 6 / 8
 
 
@@ -180,8 +219,13 @@ def test_fuzz_forged_bytes_raise_nothing_else(source):
         pass
 
 
-TABLE_SIZE = struct.unpack_from("<I", ARTIFACT, 6)[0]
-TABLE = CODECS["zlib"].decompress(ARTIFACT[HEAD.size : HEAD.size + TABLE_SIZE], 2**20)
+def table_of(data):
+    """The raw JSON of an artifact's table."""
+    _, _, codec, packed, raw, _ = HEAD.unpack_from(data)
+    return {c.id: c for c in CODECS.values()}[codec].decompress(data[HEAD.size :][:packed], raw)
+
+
+TABLE, TABLE_SIZE = table_of(ARTIFACT), HEAD.unpack_from(ARTIFACT)[3]
 
 
 def forged(change):
@@ -190,7 +234,7 @@ def forged(change):
     table = change(table) or table
     raw = json.dumps(table).encode() if not isinstance(table, bytes) else table
     packed = CODECS["zlib"].compress(raw)
-    head = struct.pack("<4sBBII", b"PGLF", 1, CODECS["zlib"].id, len(packed), len(raw))
+    head = struct.pack("<4sBBII", b"PGLF", 2, CODECS["zlib"].id, len(packed), len(raw))
     return resealed(head + bytes(32) + packed + ARTIFACT[HEAD.size + TABLE_SIZE :])
 
 
@@ -208,14 +252,22 @@ def test_forging_as_such_works():
         lambda t: t.pop("streams") and None,
         lambda t: t["streams"].pop() and None,
         lambda t: t["streams"].append(t["streams"][0]),
-        lambda t: t["streams"].append([["x"], "rows", 0]),
-        lambda t: t["streams"].append([7, "rows", 0]),
-        lambda t: t["streams"].append(["more", "rows", 0]),
+        lambda t: t["streams"].append([4, "rows", 0]),
+        lambda t: t["streams"].append("abc"),
+        lambda t: t["streams"][0].__setitem__(0, 99),
+        lambda t: t["streams"][0].__setitem__(0, "zlib"),
+        lambda t: t["streams"][0].__setitem__(0, True),
         lambda t: t["streams"][0].__setitem__(1, "diagonal"),
+        lambda t: t["streams"][0].__setitem__(1, "planes"),
         lambda t: t["streams"][0].__setitem__(1, []),
         lambda t: t["streams"][0].__setitem__(2, -1),
         lambda t: t["streams"][0].__setitem__(2, 2**40),
         lambda t: t["streams"][0].__setitem__(2, True),
+        lambda t: t["tensors"][0][4]["q"].__setitem__(2, 99),
+        lambda t: t["tensors"][0][4]["q"].__setitem__(2, -1),
+        lambda t: t["tensors"][0][4]["q"].__setitem__(2, t["tensors"][0][4]["scale"][2]),
+        lambda t: t["tensors"][0][4]["q"].__setitem__(2, t["tensors"][3][4]["q"][2]),
+        lambda t: t["tensors"][0][4]["q"].pop() and None,
         lambda t: t["tensors"].append(t["tensors"][0]),
         lambda t: t["tensors"].append("abc"),
         lambda t: t["tensors"][0].__setitem__(0, ["x"]),
@@ -224,10 +276,10 @@ def test_forging_as_such_works():
         lambda t: t["tensors"][0].__setitem__(3, [1] * 500),
         lambda t: t["tensors"][0].__setitem__(3, [24.0, 16]),
         lambda t: t["tensors"][0].__setitem__(4, []),
-        lambda t: t["tensors"][0][4].update(q=["int8", [24, 17]]),
-        lambda t: t["tensors"][0][4].update(q=["object", [24, 16]]),
-        lambda t: t["tensors"][0][4].update(q=["float32", [24, 16]]),
-        lambda t: t["tensors"][0][4].update(q=["int8", [0, 2**31, 2**31]]),
+        lambda t: t["tensors"][0][4].update(q=["int8", [24, 17], 0]),
+        lambda t: t["tensors"][0][4].update(q=["object", [24, 16], 0]),
+        lambda t: t["tensors"][0][4].update(q=["float32", [24, 16], 0]),
+        lambda t: t["tensors"][0][4].update(q=["int8", [0, 2**31, 2**31], 0]),
         lambda t: t["tensors"][0][4].update(q="ab"),
     ],
 )
@@ -245,19 +297,18 @@ def test_header_that_asks_for_too_much_is_refused_before_decompressing():
     with pytest.raises(ArtifactError, match="elements, the format ends at"):
         unpack(forged(swell))
     with pytest.raises(ArtifactError, match="cannot be in"):
-        unpack(resealed(struct.pack("<4sBBII", b"PGLF", 1, 4, 10, 2**31) + bytes(100)))
+        unpack(resealed(struct.pack("<4sBBII", b"PGLF", 2, 4, 10, 2**31) + bytes(100)))
 
 
 def test_bomb_in_a_stream_is_refused():
     bomb = CODECS["zlib"].compress(bytes(2**26))
     a = np.zeros((4, 4), np.int8)
     good = pack([Record("x", "matrix", "int6", a.shape, {"q": a})], {}, "zlib")
-    n = struct.unpack_from("<I", good, 6)[0]
-    table = json.loads(CODECS["zlib"].decompress(good[HEAD.size : HEAD.size + n], 2**20))
+    table = json.loads(table_of(good))
     table["streams"][0][2] = len(bomb)
     raw = json.dumps(table).encode()
     packed = CODECS["zlib"].compress(raw)
-    head = struct.pack("<4sBBII", b"PGLF", 1, 4, len(packed), len(raw))
+    head = struct.pack("<4sBBII", b"PGLF", 2, 4, len(packed), len(raw))
     with pytest.raises(ArtifactError, match="more than the 16 bytes"):
         unpack(resealed(head + bytes(32) + packed + bomb))
 

@@ -128,7 +128,9 @@ MODEL = ModelConfig(
 def good_artifacts(folder: Path) -> list[Files]:
     net = GPT(MODEL, train_length=8, max_length=16).init_weights(1)
     infos = roles_of(net)
-    made = [save_model(net, infos, QuantConfig(codec=c, level=1, keep_numel=100), "abc") for c in codecs.CODECS]
+    made = [
+        save_model(net, infos, QuantConfig(codec=c, level=1, keep_numel=100), "abc") for c in [*codecs.CODECS, "auto"]
+    ]
     made.append(save_model(net, infos, QuantConfig(matrix="float", embed="fp16", codec="zlib"), "abc"))
     return [{"model.pgolf": data} for data in made]
 
@@ -156,7 +158,7 @@ def opened(folder: Path) -> list[Files]:
     for (data,) in (f.values() for f in good_artifacts(folder)):
         _, _, codec, packed, raw = HEAD.unpack_from(data)[:5]
         at = HEAD.size + packed
-        table = codecs.by_id(codec).decompress(data[HEAD.size : at], raw)
+        table = codecs.known(codec).decompress(data[HEAD.size : at], raw)
         out.append({"head.bin": data[: HEAD.size - 32], "table.json": table, "streams.bin": data[at:]})
     return out
 

@@ -55,13 +55,11 @@ def refused(files, tmp_path):
 def test_stream_of_zeros(artifact, tmp_path, codec, honest):
     """Kilobytes that unpack to 128 MiB: more than the table states, and as much as it states."""
     coder, table = codecs.CODECS[codec], json.loads(artifact["table.json"])
-    table["streams"] = [["matrix.q.int8", "rows", 0]]
     shape = [2**13, ZEROS >> 13] if honest else [4, 4]
-    table["tensors"] = [["x", "matrix", "int6", shape, {"q": ["int8", shape]}]]
+    table["tensors"] = [["x", "matrix", "int6", shape, {"q": ["int8", shape, 0]}]]
     stream = coder.compress(bytes(ZEROS), coder.levels[1])
-    table["streams"][0][2] = len(stream)
-    head = artifact["head.bin"][:5] + bytes([coder.id]) + artifact["head.bin"][6:]
-    files = {"head.bin": head, "table.json": json.dumps(table).encode(), "streams.bin": stream}
+    table["streams"] = [[coder.id, "rows", len(stream)]]
+    files = {"head.bin": artifact["head.bin"], "table.json": json.dumps(table).encode(), "streams.bin": stream}
     assert len(stream) < 2**20 and refused(files, tmp_path) == "ArtifactError"
 
 
