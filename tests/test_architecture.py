@@ -16,12 +16,14 @@ LAYERS = [
     {"schema", "not_yet"},
     {"aliases", "presets"},
     {"config"},
+    {"evidence"},
     {"phases", "finish", "dry_run", "diagnose", "snapshot"},
     {"resume"},
     {"train"},
     {"run"},
     {"cli", "lab"},
     {"doctor"},
+    {"submit"},
     {"__main__"},
 ]
 LEAVES = {
