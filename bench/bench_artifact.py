@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import lzma
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -13,8 +10,8 @@ import pytest
 import torch
 
 from pgolf import presets
-from pgolf.artifact import bundle as bundles
-from pgolf.artifact import codecs
+from pgolf.artifact import codecs, script
+from pgolf.artifact.bundle import bundle
 from pgolf.artifact.model_io import load_model, save_model
 from pgolf.artifact.pack import unpack
 from pgolf.config import RunConfig
@@ -117,20 +114,12 @@ def test_decode(benchmark, codec):
     rates(benchmark, bytes=len(raw))
 
 
-def unbundle(script: bytes) -> dict[str, str]:
-    """{path: source} out of a bundle, decoded without running it."""
-    payload = re.search(rb'b85decode\("([^"]+)"\)', script)[1]
-    parts = lzma.decompress(base64.b85decode(payload), lzma.FORMAT_RAW, filters=bundles.FILTERS).decode().split("\0")
-    return dict(zip(parts[::2], parts[1::2], strict=True))
-
-
 @pytest.mark.benchmark(group="bundle")
 def test_bundle(benchmark):
     """The code that ships, from its sources; unpacking it, which every rank does at its start, must be far faster."""
-    root = bundles.ENTRY.parent
-    script = bundles.bundle()
-    expected = {p.relative_to(root).as_posix(): bundles.strip(p) for p in bundles.closure(bundles.ENTRY)}
-    assert unbundle(script) == expected
-    gate(benchmark, ("unpack", lambda: unbundle(script)), ("bundle", bundles.bundle), at_most=0.1)
-    assert benchmark.pedantic(bundles.bundle, rounds=2) == script
-    benchmark.extra_info["bundle_bytes"] = len(script)
+    made = script.make()
+    unpack = lambda: script.read(made.data)
+    assert unpack().files == made.files
+    gate(benchmark, ("unpack", unpack), ("bundle", bundle), at_most=0.1)
+    assert benchmark.pedantic(bundle, rounds=2) == made.data
+    benchmark.extra_info["bundle_bytes"] = len(made.data)

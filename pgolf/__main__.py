@@ -12,6 +12,10 @@ from pgolf.errors import ConfigError
 
 # command: (module, which has main(argv, environ) -> exit code; what it does)
 COMMANDS = {
+    "bundle": ("pgolf.submit.bundling", "write the code that counts as one script, with a readable twin"),
+    "unbundle": ("pgolf.submit.unbundle", "show what a packed script holds, without running it"),
+    "submit": ("pgolf.submit.submit", "make a records folder out of the runs of several seeds, and check it"),
+    "check": ("pgolf.submit.check", "check a records folder, anybody's: --run also runs its script"),
     "doctor": ("pgolf.doctor.command", "check this machine; --bench measures it, --compare RUN_DIR says what differs"),
     "size": ("pgolf.size.command", "bytes before training, from settings; or of an artifact, a run, a submission"),
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pgolf import checkpoint, limits, result
+from pgolf import checkpoint, evidence, limits, result
 from pgolf.artifact import budget, codecs
 from pgolf.artifact.bundle import bundle
 from pgolf.artifact.model_io import load_model, save_model
@@ -75,7 +75,9 @@ def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
         trainer.note_recompiles()
     if trainer.device.type == "cuda":
         log.peak_memory(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
-    facts = gather(trainer, floats, packed, slid, report, began)
+    facts = gather(trainer, floats, packed, slid, report, began) | evidence.gather(trainer, code, packed, slid)
+    for line in evidence.lines(facts):
+        log.line(line, console=False)
     dist.on_main(lambda: result.write_result(run_dir, facts))
     if dist.is_main:
         result.plot_curves(run_dir / "events.jsonl", run_dir / "curves.png", say=log.line)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pgolf import config, faults, finish, neighbours, node, resume, signals
+from pgolf import config, evidence, faults, finish, neighbours, node, resume, signals
 from pgolf.clock import TimeLedger
 from pgolf.config import Settings
 from pgolf.dist import Dist, start
@@ -84,6 +84,8 @@ def _run(
     for note in [*settings.notes, *not_alone(dist)]:
         log.line(f"note: {note}")
     log.line(f"run: {run_dir}  preset:{cfg.preset} seed:{cfg.train.seed} config digest:{config.digest(cfg)[:16]}")
+    for line in evidence.setting_lines(settings):
+        log.line(line, console=False)
     finish.check_ready(cfg)
     saved = resume.load(settings, run_dir, dist, log)
     dist.report(lambda: (ledger.current or "start", 0), log.line)

@@ -16,13 +16,14 @@ LAYERS = [
     {"schema", "not_yet"},
     {"aliases", "presets"},
     {"config"},
-    {"calibrate"},
+    {"calibrate", "evidence"},
     {"phases", "probe", "finish", "dry_run", "diagnose", "snapshot"},
     {"resume"},
     {"train"},
     {"run"},
     {"cli", "lab"},
     {"doctor", "size"},
+    {"submit"},
     {"__main__"},
 ]
 LEAVES = {

@@ -1,17 +1,24 @@
-"""The bundle: right files, same behaviour in a clean interpreter, deterministic, self-reproducing."""
+"""The bundle: right files, same behaviour in a clean interpreter, deterministic, readable without running it."""
 
 import ast
+import base64
 import glob
+import lzma
 import os
 import subprocess
 import sys
 import tempfile
 import textwrap
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from pgolf.artifact.bundle import ENTRY, bundle, closure, code_bytes, strip
+from pgolf.artifact import minify, script
+from pgolf.artifact.bundle import COPY, ENTRY, bundle, code_bytes
+from pgolf.artifact.closure import closure
+from pgolf.artifact.minify import interface, strip
 from pgolf.errors import ArtifactError
 
 FILES = {
@@ -94,8 +101,17 @@ FILES = {
 }
 
 
+@pytest.fixture(params=["plain", "minified"])
+def tool(request, monkeypatch):
+    """Both ways to make a bundle: without python-minifier and with it."""
+    if request.param == "plain":
+        monkeypatch.setattr(minify, "minifier", lambda: None)
+    else:
+        pytest.importorskip("python_minifier", reason="python-minifier is not installed: only stripping is tested")
+
+
 @pytest.fixture
-def tree(tmp_path):
+def tree(tmp_path, tool):
     for name, text in FILES.items():
         path = tmp_path / "src" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,12 +178,38 @@ def test_overhead_is_a_few_hundred_bytes_and_unneeded_text_is_not_shipped(tree, 
     assert code_bytes(tree / "train_gpt.py") == before
 
 
-def test_bundling_from_a_bundle_gives_the_same_bytes(tree, tmp_path):
-    """A run from the bundle counts its own code; it must come to the size of the bundle itself."""
-    first = bundle(tree / "train_gpt.py")
-    for path in closure(tree / "train_gpt.py"):
-        path.write_text(strip(path), encoding="utf-8")
-    assert bundle(tree / "train_gpt.py") == first
+def test_a_run_from_a_bundle_ships_that_bundle(tree, tmp_path):
+    """Whatever made it and whatever is installed here: what counts is the script that runs."""
+    (tree / "pgolf/leaf.py").write_text(
+        "import sys\nfrom pathlib import Path\nNAME = 'leaf'\n"
+        f"data = Path(sys.path[0], {COPY!r}).read_bytes()\nprint('own', len(data), data[:17])\n"
+    )
+    path = written(tree, tmp_path)
+    out = run(path, cwd=path.parent, temp=tmp_path).stdout
+    assert f"own {path.stat().st_size} {path.read_bytes()[:17]!r}" in out
+    unpacked = tmp_path / "unpacked"
+    unpacked.mkdir()
+    (unpacked / COPY).write_bytes(b"the bytes that run")
+    assert bundle(unpacked / "train_gpt.py") == b"the bytes that run"
+
+
+def test_what_makes_bundles_is_in_none(root):
+    names = {p.relative_to(root).as_posix() for p in closure(ENTRY)}
+    assert "pgolf/artifact/bundle.py" in names
+    assert not names & {f"pgolf/artifact/{n}.py" for n in ("script", "minify", "closure")}
+    assert not [n for n in names if n.startswith(("pgolf/submit/", "pgolf/doctor/"))]
+
+
+@pytest.mark.parametrize(
+    "payload", [b"\0\x001\x007\0\0", bytes(range(256)) * 2, b'\\"\n\r\\0', b"\x85\x1a\x0c\xff\xa0"], ids=range(4)
+)
+def test_a_literal_keeps_every_byte(payload, monkeypatch):
+    """The compressed bytes are anything: what Python reads of the literal is what was put there."""
+    monkeypatch.setattr(script.lzma, "compress", lambda *a, **k: payload)
+    code = script.compose({}, "train_gpt.py")
+    literals = [n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant)]
+    assert payload.decode("latin-1") in literals
+    assert code.count(b"\n") == script.BOOTSTRAP.count("\n") and b"\r" not in code and b"\0" not in code
 
 
 def undocumented(tree):
@@ -194,6 +236,38 @@ def test_stripping_keeps_every_file_of_this_repository(root):
         assert ast.get_docstring(ast.parse(text)) is None
 
 
+def test_minifying_keeps_what_others_see_of_every_file(root):
+    pytest.importorskip("python_minifier", reason="python-minifier is not installed")
+    for path in closure(ENTRY):
+        literal = path.parent.name == "kernels"
+        before, after = ast.parse(strip(path)), ast.parse(minify.small(path, literal=literal))
+        assert interface(before) == interface(after)
+        assert not literal or ast.dump(before) == ast.dump(after), "Triton reads names and annotations"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("def f(a, b=1): pass", "def f(a, c=1): pass"),
+        ("def f(a, b=1): pass", "def f(a, b): pass"),
+        ("class A(B): x: int = 1", "class A(B): x = 1"),
+        ("class A(B): x: int = 1", "class A: x: int = 1"),
+        ("class A:\n @property\n def f(self): pass", "class A:\n def f(self): pass"),
+        ("if x:\n import y", "if x:\n import z"),
+        ("def f(*, a): pass", "def f(a): pass"),
+        ("X = 1", "Y = 1"),
+    ],
+)
+def test_a_change_that_others_would_see_is_an_error(old, new, tmp_path, monkeypatch):
+    """A minifier that is wrong is caught before anything ships."""
+    stub = SimpleNamespace(minify=lambda text, **_: new, RemoveAnnotationsOptions=lambda **_: None)
+    monkeypatch.setattr(minify, "minifier", lambda: stub)
+    (tmp_path / "a.py").write_text(old)
+    for literal in (True, False):
+        with pytest.raises(ArtifactError, match="minifying would change"):
+            minify.small(tmp_path / "a.py", literal=literal)
+
+
 def test_missing_module_and_broken_file_are_named(tree):
     (tree / "pgolf/leaf.py").write_text("def lazy():\n    from pgolf.gone import x\n")
     with pytest.raises(ArtifactError, match=r"import pgolf\.gone"):
@@ -203,6 +277,42 @@ def test_missing_module_and_broken_file_are_named(tree):
         bundle(tree / "train_gpt.py")
     with pytest.raises(ArtifactError, match="cannot bundle"):
         bundle(tree / "absent.py")
+
+
+def test_reading_a_script_gives_its_files_back_without_running_it(tree):
+    made = script.make(tree / "train_gpt.py")
+    assert script.read(made.data).files == made.files and made.sources.keys() == made.files.keys()
+    assert made.sources["pgolf/leaf.py"] == FILES["pgolf/leaf.py"] and made.made_by.startswith("Python 3.")
+
+
+def test_the_usual_wrappers_are_opened():
+    text = "# " + "".join(f"{i * i:x}" for i in range(400)) + "\nprint('hidden')\n"
+    raw = text.encode()
+    packed = {
+        "lzma, base85": base64.b85encode(lzma.compress(raw)),
+        "raw lzma2, base85": base64.b85encode(lzma.compress(raw, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])),
+        "zlib, base64": base64.b64encode(zlib.compress(raw)),
+        "zlib, bytes": zlib.compress(raw),
+    }
+    for name, payload in packed.items():
+        wrapper = f"import lzma, zlib, base64\nexec(unpack({payload!r}))\n".encode()
+        assert script.read(wrapper).files == {"train_gpt.py": text}, name
+    assert script.read(raw).files == {"train_gpt.py": text}, "a script that hides nothing is itself"
+
+
+@pytest.mark.parametrize("name", ["../evil.py", "/etc/evil.py", "a/../../evil.py", "c:\\evil.py", "a\nb"])
+def test_a_script_that_would_write_outside_is_refused(name):
+    with pytest.raises(ArtifactError, match="outside of its folder"):
+        script.read(script.compose({name: "x = 1\n" * 200, "b.py": os.urandom(300).hex()}, "b.py"))
+
+
+def test_bombs_and_what_is_no_python_are_refused(monkeypatch):
+    monkeypatch.setattr(script, "MAX_TEXT", 10_000)
+    with pytest.raises(ArtifactError, match="unpacks to more than 10,000 bytes"):
+        script.read(script.compose({"a.py": os.urandom(20_000).hex()}, "a.py"))
+    for data in (b"\0", b"def :", b"(" * 5000):
+        with pytest.raises(ArtifactError, match="no Python"):
+            script.read(data)
 
 
 @pytest.mark.slow
