@@ -88,9 +88,7 @@ def test_auto_is_the_rule_of_the_kind():
 def test_search_keeps_the_least_squared_error(by):
     gen = torch.Generator().manual_seed(0)
     w = torch.randn(24, 1200, generator=gen)
-    w[12:] = torch.randint(
-        -4, 5, (12, 1200), generator=gen
-    ).float()  # exact when clipped at 7, which normal rows are not
+    w[12:] = torch.randint(-4, 5, (12, 1200), generator=gen).float()  # exact when clipped at 7
     w[12:, 0] = 7.0
     record = record_of(info(w=w), matrix="int4", matrix_clip=by)
     tried = [np.quantile(np.abs(w.numpy()), q, axis=1) for q in (0.999, 0.9995, 0.9999, 0.99999, 1.0)]
