@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 
@@ -37,6 +38,7 @@ def pack(records: list[Record], meta: dict, codec: str = "brotli", level: int = 
     records of one name, ValueError or TypeError on a `meta` that JSON cannot hold.
     """
     coders = codecs.choice(codec, level)
+    records = [replace(r, parts={part: _little(a) for part, a in r.parts.items()}) for r in records]
     tensors = [
         [r.name, r.role, r.kind, list(r.shape), {part: [a.dtype.name, list(a.shape), 0] for part, a in r.parts.items()}]
         for r in records
@@ -46,7 +48,7 @@ def pack(records: list[Record], meta: dict, codec: str = "brotli", level: int = 
     for r, (*_, specs) in zip(records, tensors, strict=True):
         for part, a in r.parts.items():
             key = f"{group_of(r.role, r.kind, part)} {a.dtype.name}"
-            groups.setdefault(key, []).append((specs[part], a.astype(DTYPES[a.dtype.name], copy=False)))
+            groups.setdefault(key, []).append((specs[part], a))
     rows, body = [], []
     for group, packed in streams.choose({g: [a for _, a in groups[g]] for g in sorted(groups)}, coders, level).items():
         for stream in packed:
@@ -94,6 +96,11 @@ def measure(data: bytes) -> dict[str, int]:
 def contents(data: bytes) -> tuple[dict, list, list[Stream]]:
     """(meta, the table's tensors, its streams) of an artifact, without unpacking it. Raises like `measure`."""
     return _read(data)[:3]
+
+
+def _little(a: np.ndarray) -> np.ndarray:
+    """As the format has it; dtypes that it does not have are refused by name later."""
+    return a.astype(DTYPES.get(a.dtype.name, a.dtype), copy=False)
 
 
 def _seal(raw: bytes, body: bytes) -> bytes:

@@ -13,6 +13,9 @@ from pgolf.artifact import codecs
 from pgolf.artifact.layouts import LAYOUTS
 
 ROW_BYTES = 12  # that a stream's row takes of the compressed table (measured: 44 streams, 497 bytes)
+# Bytes of a group beyond which its arrays are not tried as one stream. There it saves nothing (a codec's own tables are
+# about 100 bytes a stream), and one stream is one thread's: brotli takes 3 s for each MB
+TOGETHER = 2**21
 
 
 class Packed(NamedTuple):
@@ -27,7 +30,7 @@ class Packed(NamedTuple):
 def choose(
     groups: Mapping[str, Sequence[np.ndarray]], coders: Sequence[codecs.Codec], level: int
 ) -> dict[str, list[Packed]]:
-    """{group: its streams}: one of all its arrays or one an array, whichever is smaller in its best layouts and codecs.
+    """{group: its streams}: one an array, or one of all if that is smaller, each in its best layout and codec.
 
     groups: arrays of one little-endian dtype each. The same input gives the same streams: ties go to the first. Codecs
     release the GIL, so threads share the work.
@@ -35,7 +38,7 @@ def choose(
     jobs = [
         (group, members, layout, coder)
         for group, arrays in groups.items()
-        for members in _divisions(len(arrays))
+        for members in _divisions([a.nbytes for a in arrays])
         for layout, order in LAYOUTS.items()
         if order.applies(arrays[0].dtype)
         for coder in coders
@@ -55,12 +58,15 @@ def choose(
     return {group: _smaller(best, group, len(arrays)) for group, arrays in groups.items()}
 
 
-def _divisions(n: int) -> list[tuple[int, ...]]:
-    """All arrays together, and each alone."""
-    return [tuple(range(n)), *(((i,) for i in range(n)) if n > 1 else ())]
+def _divisions(sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """All arrays together, unless they are many bytes, and each alone."""
+    apart = [(i,) for i in range(len(sizes))]
+    return apart + [tuple(range(len(sizes)))] * (len(sizes) > 1 and sum(sizes) <= TOGETHER)
 
 
 def _smaller(best: Mapping[tuple[str, tuple[int, ...]], Packed], group: str, n: int) -> list[Packed]:
-    together = best[group, tuple(range(n))]
+    together = best.get((group, tuple(range(n))))
     apart = [best[group, (i,)] for i in range(n)]
-    return apart if sum(len(p.data) + ROW_BYTES for p in apart) < len(together.data) + ROW_BYTES else [together]
+    if together and len(together.data) + ROW_BYTES <= sum(len(p.data) + ROW_BYTES for p in apart):
+        return [together]
+    return apart

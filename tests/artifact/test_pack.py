@@ -116,6 +116,14 @@ def test_arrays_part_where_that_is_smaller_and_stay_together_where_not():
     assert [len(s.items) for s in contents(pack(alike, {}, "auto"))[2]] == [20]
 
 
+def test_large_groups_are_not_tried_as_one_stream(monkeypatch):
+    alike = [Record(str(i), "vector", "fp16", (3,), {"value": np.ones(3, np.float16)}) for i in range(20)]
+    monkeypatch.setattr(stream_choice, "TOGETHER", 20 * 6 - 1)
+    assert [len(s.items) for s in contents(pack(alike, {}, "zlib"))[2]] == [1] * 20
+    monkeypatch.setattr(stream_choice, "TOGETHER", 20 * 6)
+    assert [len(s.items) for s in contents(pack(alike, {}, "zlib"))[2]] == [20]
+
+
 def test_auto_is_never_larger_than_one_codec_and_says_what_its_reader_needs(monkeypatch):
     one = {name: pack(records(), META, name) for name in CODECS}
     auto = pack(records(), META, "auto")
