@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,54 +63,55 @@ class Folder:
     def text(self, name: str) -> str:
         return self.read(name).decode("utf-8", "replace")
 
+    @cached_property
     def helpers(self) -> list[str]:
         """Other Python files here that the script imports or opens by name: they are part of the code."""
-        if self.script is None:
+        found = [n for n in self.files if n.endswith(".py") and n not in (SCRIPT, TWIN)]
+        if not found or self.script is None:
             return []
-        names = [n for n in self.files if n.endswith(".py") and n not in (SCRIPT, TWIN)]
-        used: set[str] = set()
-        for text in self.script.files.values():
-            used |= mentioned(text)
-        return [n for n in names if Path(n).stem in used or n in used or Path(n).name in used]
+        used: frozenset[str] = frozenset().union(*(part for text in self._texts() for part in names(text)))
+        return [n for n in found if {Path(n).stem, n, Path(n).name} & used]
+
+    def _texts(self) -> list[str]:
+        """What the script unpacks to, and the script itself where that is another text."""
+        texts = list(self.script.files.values())
+        return texts if len(texts) == 1 else [*texts, self.script.data.decode("latin-1")]
+
+    def modules(self) -> frozenset[str]:
+        """Top-level names of the modules that the script imports; empty without one."""
+        return frozenset().union(*(names(text)[0] for text in self._texts())) if self.script else frozenset()
 
     def code_bytes(self) -> int | None:
         """Bytes of all code that ships; None without a script."""
         if self.script is None:
             return None
-        return len(self.script.data) + sum(self.files[name] for name in self.helpers())
+        return len(self.script.data) + sum(self.files[name] for name in self.helpers)
 
     def strict_bytes(self) -> int | None:
         """The same, unpacked."""
         if self.script is None:
             return None
         unpacked = sum(len(text.encode("utf-8", "replace")) for text in self.script.files.values())
-        return unpacked + sum(self.files[name] for name in self.helpers())
+        return unpacked + sum(self.files[name] for name in self.helpers)
 
 
-def imported(text: str) -> set[str]:
-    """Top-level names of the modules that a source imports."""
-    found: set[str] = set()
-    for node in _nodes(text):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            found.add(node.module.split(".")[0])
-    return found
-
-
-def mentioned(text: str) -> set[str]:
-    """What of a source may name a file beside it: modules, names that are imported, and literals as "x.py"."""
-    nodes = _nodes(text)
-    names = {a.name for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names}
-    literals = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    return imported(text) | names | {text for text in literals if text.endswith(".py")}
-
-
-def _nodes(text: str) -> list[ast.AST]:
+@lru_cache(maxsize=512)
+def names(text: str) -> tuple[frozenset[str], frozenset[str]]:
+    """(top-level modules that a source imports, what else may name a file: imported names, literals that end in .py)"""
     try:
-        return list(ast.walk(ast.parse(text)))
+        nodes = list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
+        nodes = []
+    modules, others = set(), set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            others |= {alias.name for alias in node.names}
+            modules |= {node.module.split(".")[0]} if node.module and not node.level else set()
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".py"):
+            others.add(node.value)
+    return frozenset(modules), frozenset(others)
 
 
 def open_folder(path: Path) -> Folder:

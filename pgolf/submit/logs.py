@@ -12,9 +12,8 @@ MAX_LINE = 4000  # characters of a line that are looked at: some logs hold their
 
 NUMBER = r"([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)"
 PATTERNS = {
-    "final": re.compile(
-        rf"(?:final_?)?(\S*?)\s+val_loss:\s*{NUMBER}\s+val_bpb:\s*{NUMBER}(?:\s+eval_time:{NUMBER}ms)?"
-    ),
+    "final": re.compile(rf"(?:final_?)?(\S*?)\s+val_loss:\s*{NUMBER}\s+val_bpb:\s*{NUMBER}"),
+    "eval_ms": re.compile(rf"eval_time:\s*{NUMBER}\s*ms"),
     "step": re.compile(rf"^step:(\d+)/(\d+) .*train_time:{NUMBER}ms"),
     "early": re.compile(rf"stopping_early: \S+ train_time:{NUMBER}ms step:(\d+)"),
     "model": re.compile(r"Serialized model (\S+): (\d+) bytes"),
@@ -102,12 +101,12 @@ def _final(log: Log, line: str, finals: dict[str, float]) -> None:
     found = PATTERNS["final"].search(line)
     if not found:
         return
-    label, loss, bpb, ms = found[1].removesuffix("_exact"), float(found[2]), float(found[3]), found[4]
+    label, loss, bpb = found[1].removesuffix("_exact"), float(found[2]), float(found[3])
     exact = "_exact" in line
     if exact or label != log.score:  # the exact line follows the rounded one of its name
         log.score, log.val_loss, log.val_bpb = label, loss, bpb
-    if ms:
-        finals[label] = float(ms) / 1000
+    if ms := PATTERNS["eval_ms"].search(line):
+        finals[label] = float(ms[1]) / 1000
 
 
 def _rest(log: Log, line: str) -> None:

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from pgolf.submit.folder import MANIFEST, README, SCRIPT, TWIN, Folder, imported
+from pgolf.submit.folder import MANIFEST, README, SCRIPT, TWIN, Folder
 from pgolf.submit.record import NAME
 from pgolf.submit.rules import Finding, Rule, fail, ok, skip, warn
 
@@ -25,7 +25,9 @@ PICTURES = {".png", ".jpg", ".jpeg", ".svg", ".gif"}
 TOKENIZERS = {".model", ".vocab"}
 MODELS = {".pgolf", ".pt", ".pth", ".bin", ".ptz", ".safetensors", ".npz", ".npy", ".ckpt", ".pkl"}
 # Where a machine's own folders show; what a path in a log says of its author is for them to decide
-PLACES = re.compile(r"(?<![\w./:-])(?:/(?:home|root|Users|workspace|mnt|tmp|data)/[\w.-]+|[A-Z]:\\Users\\\w+)")
+PLACES = re.compile(
+    r"(?<![\w./:-])(?:/(?:home|root|Users|workspace|mnt|tmp|data)/[\w.-]+|[A-Z]:\\{1,2}Users\\{1,2}\w+)"
+)
 SECRETS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
     "an API key": r"\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{30,}",
@@ -47,14 +49,13 @@ def imports(f: Folder) -> Finding:
     """Modules that neither Python, nor this folder, nor a general package provides: the script cannot run."""
     if f.script is None:
         return skip(f.script_error)
-    wanted = set().union(*map(imported, f.script.files.values()))
     here = {Path(n).stem for n in f.files if n.endswith(".py")} | {n.split("/")[0] for n in f.script.files}
     named = f.text("requirements.txt").replace("-", "_").lower() if "requirements.txt" in f.files else ""
-    unknown = [n for n in sorted(wanted - here - KNOWN - sys.stdlib_module_names) if n.lower() not in named]
+    unknown = [n for n in sorted(f.modules() - here - KNOWN - sys.stdlib_module_names) if n.lower() not in named]
     if unknown:
         what = f"{SCRIPT} imports {', '.join(unknown)}: neither in the folder nor in requirements.txt"
         return warn(what, "add the file, or name the package in requirements.txt")
-    return ok(f"{len(wanted)} modules are imported; all are Python's, general packages or here")
+    return ok(f"{len(f.modules())} modules are imported; all are Python's, general packages or here")
 
 
 def manifest(f: Folder) -> Finding:

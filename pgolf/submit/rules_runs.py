@@ -66,7 +66,7 @@ def code_counted(f: Folder) -> Finding:
     counted.discard(None)
     if shipped is None or not counted:
         return skip(f.script_error or "no log and no bytes_code says what was counted as code")
-    helpers = f" with {', '.join(f.helpers())}" if f.helpers() else ""
+    helpers = f" with {', '.join(f.helpers)}" if f.helpers else ""
     if counted != {shipped}:
         told = ", ".join(f"{n:,}" for n in sorted(counted))
         what = f"the shipped code has {shipped:,} bytes{helpers}, {told} were counted"

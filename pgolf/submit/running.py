@@ -38,7 +38,7 @@ def alone(f: Folder) -> Finding:
         place = Path(name)
         (place / "guard").mkdir()
         (place / "guard" / "sitecustomize.py").write_text(GUARD)
-        for helper in (SCRIPT, *f.helpers()):
+        for helper in (SCRIPT, *f.helpers):
             (place / "work" / helper).parent.mkdir(parents=True, exist_ok=True)
             (place / "work" / helper).write_bytes(f.read(helper))
         command = [sys.executable, SCRIPT, "train.out_dir=runs"] if ours else [sys.executable, "-c", IMPORT]
