@@ -15,9 +15,10 @@ from pgolf.errors import ArtifactError
 from pgolf.model.gpt import GPT
 from pgolf.model.roles import roles_of
 from pgolf.presets import PRESETS
+from pgolf.quant.config import CODEC_NAMES
 from pgolf.quant.policy import Record
 from pgolf.run import run
-from pgolf.size.estimate import entropy, estimate
+from pgolf.size.estimate import EXCESS, entropy, estimate
 from pgolf.size.savings import cheapest, settings_of
 
 
@@ -92,6 +93,10 @@ def test_published_sizes_are_inside_their_estimates():
     assert base.low <= 15_815_847 <= base.high
     later = estimate(PRESETS["pr401"](), 0).total
     assert later.low <= 15_500_000 <= later.high and later.high - later.low < 0.4 * later.high
+
+
+def test_every_codec_has_its_excess():
+    assert EXCESS.keys() == set(CODEC_NAMES)
 
 
 def test_entropy_is_that_of_the_planes():
