@@ -28,7 +28,7 @@ GRIDS = {
 
 
 def steps_of(clip: Tensor, grid: Grid, floor: float) -> Tensor:
-    """clip (rows,) fp32, the largest magnitude to keep -> step (rows,) fp16. ValueError when a row has no finite one."""
+    """clip (rows,) fp32, the magnitudes to keep -> step (rows,) fp16. ValueError when a row has no finite one."""
     step = row_step(clip, grid.high, floor)
     check_steps(step)
     return step
