@@ -174,6 +174,21 @@ def test_over_the_limit_after_training(too_large, capsys):
     assert "1,000 B OVER" in capsys.readouterr().out
 
 
+def test_a_submission_has_no_artifact_but_says_what_it_weighs(tmp_path, capsys):
+    (tmp_path / "train_gpt.py").write_bytes(b"#" * 5000)
+    (tmp_path / "train_gpt_readable.py").write_bytes(b"#" * 90_000)
+    record = tmp_path / "submission.json"
+    record.write_text('{"bytes_model": 15995000}')
+    code, found = size(capsys, tmp_path)
+    assert code == 0 and found["total_bytes"] == LIMIT and not found["files"]["train_gpt_readable.py"]["counts"]
+    record.write_text('{"bytes_model": 15995001}')
+    assert __main__.main(["size", str(tmp_path)], {}) == 5
+    assert "model as stated" in (text := capsys.readouterr().out) and "1 B must go" in text
+    for bad in ('{"bytes_model": "15995000"}', "{}", "[", '{"bytes_model": -1}'):
+        record.write_text(bad)
+        assert __main__.main(["size", str(tmp_path)], {}) == ArtifactError.exit_code
+
+
 def test_tight_is_said(trained, tmp_path, capsys):
     data = (trained / "model.pgolf").read_bytes()
     (tmp_path / "model.pgolf").write_bytes(data)
