@@ -3,6 +3,7 @@ command all use `account`, so that a log cannot disagree with a file."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,20 +63,36 @@ def account(artifact: bytes | str | Path, code: bytes) -> SizeReport:
 def account_folder(folder: str | Path) -> tuple[SizeReport, dict[str, tuple[int, bool]]]:
     """Sizes of a run's or a submission's folder, and {file: (bytes, does it count)} of all that lies in it.
 
-    What counts is the one artifact, *.pgolf, and every Python file beside it. Raises ArtifactError unless there is one
-    artifact, and code.
+    What counts is the one artifact, *.pgolf, and every Python file beside it but the readable twin that nothing
+    imports. A submission's folder has no artifact: then `bytes_model` of its submission.json counts, as stated. Raises
+    ArtifactError when it is neither.
     """
-    folder = Path(folder)
-    files = sorted(p for p in folder.iterdir() if p.is_file())
-    artifacts, code = ([p for p in files if p.suffix == suffix] for suffix in (".pgolf", ".py"))
-    if len(artifacts) != 1 or not code:
+    files = sorted(p for p in Path(folder).iterdir() if p.is_file())
+    artifacts = [p for p in files if p.suffix == ".pgolf"]
+    code = [p for p in files if p.suffix == ".py" and not p.stem.endswith("_readable")]
+    told = _stated(Path(folder) / "submission.json")
+    if not code or (len(artifacts) != 1 and (artifacts or told is None)):
         raise ArtifactError(
             f"{folder}: {len(artifacts)} artifacts (*.pgolf) and {len(code)} Python files, expected one artifact and "
-            "the code that runs it: a run's folder, or a submission's"
+            "the code that runs it, or a submission with bytes_model in its submission.json"
         )
+    script = b"".join(p.read_bytes() for p in code)
+    if artifacts:
+        report = account(artifacts[0], script)
+    else:
+        total = told + len(script)
+        report = SizeReport(told, len(script), total, LIMIT - total, {"model as stated": told, "code": len(script)})
     counted = {*artifacts, *code}
-    report = account(artifacts[0], b"".join(p.read_bytes() for p in code))
     return report, {p.name: (p.stat().st_size, p in counted) for p in files}
+
+
+def _stated(path: Path) -> int | None:
+    """The model's bytes according to a submission.json; None if it does not say."""
+    try:
+        told = json.loads(path.read_bytes())["bytes_model"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return told if type(told) is int and told > 0 else None
 
 
 def check(report: SizeReport) -> None:

@@ -41,7 +41,7 @@ class Codec:
         """Raises ConfigError on a level that this codec does not have."""
         if level != -1 and level not in self.levels:
             raise ConfigError(
-                f"quant.level={level}: this codec has -1 (strongest), {self.levels[0]}..{self.levels[-1]}"
+                f"quant.level={level}: {name_of(self)} has -1 (strongest), {self.levels[0]}..{self.levels[-1]}"
             )
 
     def decompress(self, data: bytes, max_size: int) -> bytes:

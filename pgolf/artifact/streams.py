@@ -12,9 +12,9 @@ import numpy as np
 from pgolf.artifact import codecs
 from pgolf.artifact.layouts import LAYOUTS
 
-ROW_BYTES = 12  # that a stream's row takes of the compressed table (measured: 44 streams, 497 bytes)
-# Bytes of a group beyond which its arrays are not tried as one stream. There it saves nothing (a codec's own tables are
-# about 100 bytes a stream), and one stream is one thread's: brotli takes 3 s for each MB
+ROW_BYTES = 5  # that a stream takes of the compressed table (3 to 5 measured)
+# Bytes of a group beyond which its arrays are not tried as one stream. There it saves nothing (brotli's own
+# tables are 30 bytes a stream), and one stream is one thread's: brotli takes 3 s for each MB
 TOGETHER = 2**21
 
 

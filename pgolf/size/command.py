@@ -83,15 +83,16 @@ def estimate_lines(preset: str, found: Estimate) -> list[str]:
 
 def measured(path: Path, as_json: bool) -> int:
     """Prints every byte of what is at `path`, and if these are too many how to save them."""
+    files, artifact = {}, None
     if path.is_dir():
         report, files = account_folder(path)
-        artifact = next(path.glob("*.pgolf")).read_bytes()
+        artifact = next((p.read_bytes() for p in path.glob("*.pgolf")), None)
     else:
-        files, artifact = {}, _read(path)
+        artifact = _read(path)
         report = account(artifact, bundle())
     over = -report.headroom
-    ways = cheapest(settings_of(artifact), over, len(artifact)) if over > 0 else []
-    _, tensors, streams = contents(artifact)
+    ways = cheapest(settings_of(artifact), over, len(artifact)) if over > 0 and artifact else []
+    _, tensors, streams = contents(artifact) if artifact else ({}, [], [])
     needs = packages(s.codec for s in streams)
     if as_json:
         facts = report.to_dict() | {"roles": report.by_role(), "needs": needs}
@@ -99,8 +100,8 @@ def measured(path: Path, as_json: bool) -> int:
         facts["streams"] = [[s.group, name_of(s.codec), s.layout, s.size, len(s.items)] for s in streams]
         _print_json("measure", over <= 0, ways, facts)
     else:
-        head = f"{path}: {len(tensors)} tensors in {len(streams)} streams; to be read it needs "
-        print(head + (", ".join(needs) or "the standard library only"))
+        held = f"{len(tensors)} tensors in {len(streams)} streams; to be read it needs "
+        print(f"{path}: " + (held + (", ".join(needs) or "the standard library only") if artifact else "a submission"))
         _print_lines([*measured_lines(report, files), *saving_lines(over, ways)])
     return BudgetError.exit_code if over > 0 else 0
 
@@ -134,7 +135,9 @@ def saving_lines(over: int, ways: Sequence[Saving], when: str = "") -> list[str]
     """What to change; nothing when nothing has to be saved."""
     if over <= 0:
         return []
-    width = max((len(w.settings) for w in ways), default=0)
+    if not ways:
+        return [f"{when}{over:,} B must go"]
+    width = max(len(w.settings) for w in ways)
     rows = [f"  {w.settings:<{width}}  about {w.saves:>10,} B  {w.why}" for w in ways]
     return [f"{when}{over:,} B must go. The cheapest first, each alone in a new run saves:", *rows]
 

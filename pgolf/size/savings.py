@@ -88,11 +88,11 @@ def _candidates(cfg: RunConfig) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"model.embed.bigram.rows": model.embed.bigram.rows // 2}, "more collisions of hashed n-grams"
     if model.attn.value_embed:
         yield {"model.attn.value_embed": None}, "no value embeddings"
-    if smaller := _next(cfg.quant.matrix):
-        yield {"quant.matrix": smaller}, "coarser matrices: they want late QAT or GPTQ"
     yield {"model.mlp.mult": model.mlp.mult - 0.25}, "narrower MLPs"
     yield _one_layer_less(model), "a layer less; steps are faster"
     yield {"model.dim": model.dim - model.dim // 16}, "a narrower model; steps are faster"
+    if smaller := _next(cfg.quant.matrix):
+        yield {"quant.matrix": smaller}, "coarser matrices: they want late QAT or GPTQ"
 
 
 def _one_layer_less(model: ModelConfig) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from pgolf.errors import ArtifactError
 from pgolf.model.gpt import GPT
 from pgolf.model.roles import roles_of
 from pgolf.presets import PRESETS
+from pgolf.quant.config import CODEC_NAMES
 from pgolf.quant.policy import Record
 from pgolf.run import run
-from pgolf.size.estimate import entropy, estimate
+from pgolf.size.estimate import EXCESS, entropy, estimate
 from pgolf.size.savings import cheapest, settings_of
 
 
@@ -94,6 +95,10 @@ def test_published_sizes_are_inside_their_estimates():
     assert later.low <= 15_500_000 <= later.high and later.high - later.low < 0.4 * later.high
 
 
+def test_every_codec_has_its_excess():
+    assert EXCESS.keys() == set(CODEC_NAMES)
+
+
 def test_entropy_is_that_of_the_planes():
     assert entropy(np.arange(256, dtype=np.uint8).view(np.int8)) == 256
     assert entropy(np.ones(1000, np.float16)) == 0
@@ -167,6 +172,21 @@ def test_over_the_limit_after_training(too_large, capsys):
     assert all(s["saves"] >= 1000 for s in found["savings"])
     assert __main__.main(["size", str(too_large)], {}) == 5
     assert "1,000 B OVER" in capsys.readouterr().out
+
+
+def test_a_submission_has_no_artifact_but_says_what_it_weighs(tmp_path, capsys):
+    (tmp_path / "train_gpt.py").write_bytes(b"#" * 5000)
+    (tmp_path / "train_gpt_readable.py").write_bytes(b"#" * 90_000)
+    record = tmp_path / "submission.json"
+    record.write_text('{"bytes_model": 15995000}')
+    code, found = size(capsys, tmp_path)
+    assert code == 0 and found["total_bytes"] == LIMIT and not found["files"]["train_gpt_readable.py"]["counts"]
+    record.write_text('{"bytes_model": 15995001}')
+    assert __main__.main(["size", str(tmp_path)], {}) == 5
+    assert "model as stated" in (text := capsys.readouterr().out) and "1 B must go" in text
+    for bad in ('{"bytes_model": "15995000"}', "{}", "[", '{"bytes_model": -1}'):
+        record.write_text(bad)
+        assert __main__.main(["size", str(tmp_path)], {}) == ArtifactError.exit_code
 
 
 def test_tight_is_said(trained, tmp_path, capsys):
