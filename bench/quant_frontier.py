@@ -158,6 +158,13 @@ def frontier_rows(bench: Bench, base: QuantConfig, kinds: tuple[str, ...], batch
                     yield {**what, "val_bpb": bench.score(records), "bytes": sizes}
 
 
+def told(what: str, rows: Iterator[dict]) -> Iterator[dict]:
+    """`rows`, with a line on the console for each: all of it takes minutes."""
+    for i, row in enumerate(rows, 1):
+        print(f"{what} {i}: {row}", file=sys.stderr, flush=True)
+        yield row
+
+
 def measure(bench: Bench, kinds: tuple[str, ...], batches: int, seconds: float) -> dict[str, Any]:
     """All of it, with the provenance."""
     trainer, began = bench.trainer, time.monotonic()
@@ -175,9 +182,9 @@ def measure(bench: Bench, kinds: tuple[str, ...], batches: int, seconds: float) 
         "targets": min(bench.targets, len(trainer.data.val) - 1), "val_targets": len(trainer.data.val) - 1,
         "batches": batches,
         "float_bpb": bench.score(None),
-        "gaps": list(gap_rows(bench, base, gaps, batches)),
+        "gaps": list(told("methods", gap_rows(bench, base, gaps, batches))),
         "eggroll": eggroll_row(bench, base, gaps[-1], seconds),
-        "frontier": list(frontier_rows(bench, base, kinds, batches)),
+        "frontier": list(told("frontier", frontier_rows(bench, base, kinds, batches))),
         "seconds": time.monotonic() - began,
     }  # fmt: skip
 

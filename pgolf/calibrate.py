@@ -38,7 +38,7 @@ MARGIN = 1.25  # reserve over measured time; batches that do not fit are left ou
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, the most of any rank: of a round of batches, of GPTQ, of all around EGGROLL's search, of one of its losses."""
+    """Seconds, the most of any rank: a round of batches, GPTQ, all around EGGROLL's search, one of its losses."""
 
     round: float = 0.0
     solve: float = 0.0
