@@ -74,7 +74,7 @@ def quantize_state(
 
     given: {name: q and scale} of what was rounded by other means, from `rows_to_round`. diagonals: {name: mean square
     of each input (cols,)}, for the low-rank correction. Raises ValueError unless `state` and `infos` name the same
-    parameters and `given` parts are theirs, NumericalError on weights that are not finite or do not fit their kind,
+    parameters, NumericalError on weights that are not finite or do not fit their kind,
     ConfigError on an override that fits nothing.
     """
     names = {i.name for i in infos}
@@ -100,9 +100,14 @@ def _quantize(info: ParamInfo, w: Tensor, storage: Storage, cfg: QuantConfig, gi
         raise NumericalError(f"{info.name}: max |w| = {w.abs().max():.3g} does not fit {storage.kind} ({e})") from e
     kind = f"{storage.kind}+optrot" if storage.turned else storage.kind
     record = Record(info.name, info.role.value, kind, tuple(w.shape), parts)
-    if given and (w - dequantize([record])[info.name]).norm() > w.norm():
-        raise ValueError(f"{info.name}: the given parts are not of this weight, or not of its rows_to_round")
+    if given and storage.turned and not _alike(w, dequantize([record])[info.name]):
+        raise ValueError(f"{info.name}: the given parts are not of this weight's rows_to_round")
     return record
+
+
+def _alike(w: Tensor, back: Tensor) -> bool:
+    """Whether `back` may be w, however coarsely rounded: in another basis the two would be nearly orthogonal."""
+    return (w * back).sum() >= 0.05 * w.norm() * back.norm()
 
 
 def _parts(w: Tensor, storage: Storage, floor: float) -> dict[str, np.ndarray]:

@@ -63,9 +63,12 @@ def test_others_round_what_rows_to_round_gives():
         rows.double(), torch.from_numpy(sylvester(64)) @ STATE["m"].double(), rtol=1e-4, atol=1e-4
     )
     assert torch.equal(rows_to_round(STATE["odd"], table["odd"]), STATE["odd"])
-    plain = {r.name: r.parts for r in quantize_state(STATE, INFOS, QuantConfig(keep_numel=0, matrix="int4"))}
-    with pytest.raises(ValueError, match="m: the given parts are not of this weight, or not of its rows_to_round"):
-        quantize_state(STATE, INFOS, CFG, {"m": plain["m"]})
+    even = {"m": STATE["m"] / STATE["m"].norm(dim=1, keepdim=True)}
+    (plain,) = quantize_state(even, INFOS[:1], QuantConfig(keep_numel=0, matrix="int4"))
+    (turned,) = quantize_state(even, INFOS[:1], CFG)
+    assert quantize_state(even, INFOS[:1], CFG, {"m": turned.parts}) == [turned]
+    with pytest.raises(ValueError, match="m: the given parts are not of this weight's rows_to_round"):
+        quantize_state(even, INFOS[:1], CFG, {"m": plain.parts})
 
 
 def test_a_record_that_cannot_be_rotated_is_refused():
