@@ -62,6 +62,7 @@ METHODS: dict[str, tuple[str, GptqConfig | None]] = {
     "GPTQ on generated text, row maximum": ("max", replace(FULL, generated=GeneratedConfig(sequences=16))),
 }
 EGGROLL_SECONDS = 30.0
+NUMBERS = "quant_frontier.json"
 
 
 @dataclass
@@ -158,6 +159,13 @@ def frontier_rows(bench: Bench, base: QuantConfig, kinds: tuple[str, ...], batch
                     yield {**what, "val_bpb": bench.score(records), "bytes": sizes}
 
 
+def told(what: str, rows: Iterator[dict]) -> Iterator[dict]:
+    """`rows`, with a line on the console for each: all of it takes minutes."""
+    for i, row in enumerate(rows, 1):
+        print(f"{what} {i}: {row}", file=sys.stderr, flush=True)
+        yield row
+
+
 def measure(bench: Bench, kinds: tuple[str, ...], batches: int, seconds: float) -> dict[str, Any]:
     """All of it, with the provenance."""
     trainer, began = bench.trainer, time.monotonic()
@@ -175,9 +183,9 @@ def measure(bench: Bench, kinds: tuple[str, ...], batches: int, seconds: float) 
         "targets": min(bench.targets, len(trainer.data.val) - 1), "val_targets": len(trainer.data.val) - 1,
         "batches": batches,
         "float_bpb": bench.score(None),
-        "gaps": list(gap_rows(bench, base, gaps, batches)),
+        "gaps": list(told("methods", gap_rows(bench, base, gaps, batches))),
         "eggroll": eggroll_row(bench, base, gaps[-1], seconds),
-        "frontier": list(frontier_rows(bench, base, kinds, batches)),
+        "frontier": list(told("frontier", frontier_rows(bench, base, kinds, batches))),
         "seconds": time.monotonic() - began,
     }  # fmt: skip
 
@@ -202,7 +210,7 @@ def page(found: dict) -> str:
         f"Hessians of {found['batches']} training micro-batches. A small model that is short of training: differences"
         " between methods are what carries over, and less than their size.", "",
         "## What rounding the matrices costs", "",
-        "Thousandths of a BPB over float; tables stay as the preset has them.", "",
+        "Thousandths of a BPB over float, the rounding of the tables, as the preset stores them, included.", "",
     ]  # fmt: skip
     tail = [
         "", f"EGGROLL for {e['seconds']:g} s on rounded {e['kind']}: {e['kept']} of {e['trials']} trials kept; loss"
@@ -243,18 +251,19 @@ def draw(found: dict, path: Path) -> None:
     """Bytes against BPB: colour is the matrices' kind, marker the clip, filled is GPTQ; one panel a codec."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 8))
+    figure, floats = Figure(figsize=(12, 9), layout="constrained"), found["float_bpb"]
     kinds = list(dict.fromkeys(r["matrix"] for r in found["frontier"]))
     axes = figure.subplots(2, 2, sharey=True).flat
     for panel, codec in zip(axes, CODEC_NAMES, strict=True):
         for r in found["frontier"]:
             color = f"C{kinds.index(r['matrix'])}"
             style = {"marker": "os^"[CLIPS.index(r["clip"])], "edgecolors": color, "s": 28}
-            panel.scatter(r["bytes"][codec] / 1e6, r["val_bpb"], c=color if r["method"] == "GPTQ" else "none", **style)
+            panel.scatter(
+                r["bytes"][codec] / 1e6, r["val_bpb"] - floats, c=color if r["method"] == "GPTQ" else "none", **style
+            )
         edge = frontier([{**r, "bytes": {codec: r["bytes"][codec]}} for r in found["frontier"]])
-        panel.plot([r["size"] / 1e6 for r in edge], [r["val_bpb"] for r in edge], "k-", linewidth=0.7)
-        panel.axhline(found["float_bpb"], color="gray", linestyle=":", linewidth=0.8)
-        panel.set(title=codec, xlabel="MB of weights", ylabel="BPB")
+        panel.plot([r["size"] / 1e6 for r in edge], [r["val_bpb"] - floats for r in edge], "k-", linewidth=0.7)
+        panel.set(title=codec, xlabel="MB of weights", ylabel="BPB over float", yscale="log")
     names = [*kinds, *(f"clip {c}" for c in CLIPS), "rounding", "GPTQ", "frontier"]
     panel = figure.axes[0]
     marks = [
@@ -262,8 +271,18 @@ def draw(found: dict, path: Path) -> None:
         *(panel.scatter([], [], c="none", edgecolors="k", marker=m) for m in "os^"),
         panel.scatter([], [], c="none", edgecolors="k"), panel.scatter([], [], c="k"), *panel.plot([], [], "k-"),
     ]  # fmt: skip
-    figure.legend(marks, names, loc="lower center", ncol=len(names), fontsize=8)
+    figure.legend(marks, names, loc="outside lower center", ncol=len(names), fontsize=8)
     figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def found_in(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything measured on the run that `args` names."""
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = load(args.run_dir, Path(scratch), args.targets)
+        try:
+            return measure(bench, tuple(args.kinds.split(",")), args.batches, args.eggroll_seconds)
+        finally:
+            bench.trainer.loader.close()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -273,18 +292,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--targets", type=int, default=65536, help="val targets to score; 0 = all")
     parser.add_argument("--batches", type=int, default=FULL.batches, help="micro-batches for the Hessians")
     parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of integers, comma-separated")
+    parser.add_argument("--redraw", action="store_true", help="only page and plot, of the numbers in --out")
     parser.add_argument("--eggroll-seconds", type=float, default=EGGROLL_SECONDS)
     args = parser.parse_args(argv)
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            bench = load(args.run_dir, Path(scratch), args.targets)
-            found = measure(bench, tuple(args.kinds.split(",")), args.batches, args.eggroll_seconds)
-            bench.trainer.loader.close()
+        found = json.loads((args.out / NUMBERS).read_text()) if args.redraw else found_in(args)
     except PgolfError as err:
         print(f"error: {err}", file=sys.stderr)
         return err.exit_code
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "quant_frontier.json").write_text(json.dumps(found, indent=1) + "\n")
+    (args.out / NUMBERS).write_text(json.dumps(found, indent=1) + "\n")
     (args.out / "quant_frontier.md").write_text(page(found))
     try:
         draw(found, args.out / "quant_frontier.png")

@@ -38,7 +38,7 @@ MARGIN = 1.25  # reserve over measured time; batches that do not fit are left ou
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, the most of any rank: of a round of batches, of all of GPTQ, of all of EGGROLL, of one of its losses."""
+    """Seconds, the most of any rank: a round of batches, GPTQ, all around EGGROLL's search, one of its losses."""
 
     round: float = 0.0
     solve: float = 0.0
@@ -108,7 +108,7 @@ class Calibration:
         if not self.on or self.trainer.clock.cap_ms is None:
             return
         self.cost = self._measure()
-        needed = self.cost.solve + self.cost.search + (self.rounds * self.cost.round if self.quant.gptq else 0.0)
+        needed = self._after_batches() + (self.rounds * self.cost.round if self.quant.gptq else 0.0)
         if not self.trainer.cfg.train.reserve_ms:
             half = self.trainer.cfg.train.max_wallclock_seconds / 2
             self.trainer.keep_reserve(1000 * min(MARGIN * needed, half))
@@ -132,9 +132,14 @@ class Calibration:
             setup = self._timed(self._search_model)
             _, _, loss, _ = self._search_model()
             loss_s = [self._timed(loss) for _ in range(2)][1]
-            search = setup + self.quant.eggroll.seconds + 6 * loss_s
+            search = setup + 6 * loss_s  # the first, two controls, and a trial that began in time
         slowest = lambda s: self.dist.max_int(round(1e6 * s)) / 1e6
         return Cost(slowest(round_s), slowest(solve), slowest(search), slowest(loss_s))
+
+    def _after_batches(self) -> float:
+        """Seconds that all behind the Hessians is to take."""
+        searching = self.quant.eggroll.seconds if self.quant.eggroll else 0.0
+        return self.cost.solve + self.cost.search + searching
 
     def _measure_gptq(self, hessians: Hessians) -> float:
         """Of this rank's matrices; each shape is tried twice."""
@@ -182,18 +187,19 @@ class Calibration:
     def _gptq(self) -> dict[str, Parts]:
         hessians, rounds, tokens = self.collect()
         hessians.reduce_(self.dist)
-        collected = self.deadline.clock.tick() / 1000
+        self.deadline.left()
+        collected = self.deadline.clock.elapsed_ms / 1000
         found = {name: hessians.of(name) for name in self.names}
         self.diagonals = {name: h.diagonal().cpu() for name, h in found.items() if h is not None}
         mine: dict[str, Parts] = {}
         share, longest = self._share(), 0.0
         for i in range(-(-len(self.names) // self.dist.world_size)):
-            before = self.deadline.left()
-            if before < longest:
+            if self.deadline.left() < longest:
                 break
             if i < len(share) and (h := found[share[i]]) is not None:
                 mine[share[i]] = self.solve(share[i], h)
-            longest = max(longest, before - self.deadline.left())
+            self.deadline.left()
+            longest = max(longest, self.deadline.clock.last_ms / 1000)
         given = {name: parts for some in self.dist.gather_objects(mine) for name, parts in some.items()}
         source = "text of its own" if self.quant.gptq.generated else "the training stream"
         self.facts |= {
@@ -220,7 +226,7 @@ class Calibration:
     def collect(self) -> tuple[Hessians, int, int]:
         """(Hessians, rounds of batches that there was time for, tokens over all ranks)."""
         hessians, rounds, tokens = Hessians(self.model, self.names), 0, 0
-        batches, rest = self._batches(), self.cost.solve + self.cost.search
+        batches, rest = self._batches(), self._after_batches()
         while rounds < self.rounds and self.deadline.left() >= rest + self.cost.round:
             if batch := next(batches, None):
                 hessians.add(batch)
@@ -262,6 +268,9 @@ class Calibration:
 
     def _eggroll(self, given: dict[str, Parts]) -> dict[str, Parts]:
         cfg = self.quant.eggroll
+        if self.deadline.left() <= self.cost.search:
+            self.trainer.log.line("warning: no time for EGGROLL; raise train.reserve_ms")
+            return {}
         records, entries, loss, control = self._search_model(given)
         before = control()
         time_left = self.deadline.left() - 4 * self.cost.loss  # one trial over, and the control behind it

@@ -188,9 +188,12 @@ def slowed(work, seconds, hand):
 
 
 def test_no_time_at_all_leaves_plain_rounding(shards, tmp_path):
-    trainer = make_trainer(shards, tmp_path, *GPTQ, *CAPPED)
+    trainer = make_trainer(shards, tmp_path, *GPTQ, *EGGROLL, *CAPPED)
     trainer.clock.elapsed_ms = 61_000.0
     assert trainer.calibration.run() == {} and trainer.calibration.facts["rounds"] == 0
+    assert "eggroll" not in trainer.calibration.facts
+    said = (tmp_path / "train.log").read_text()
+    assert "time for 0 of 6 rounds" in said and "no time for EGGROLL" in said
 
 
 def test_a_run_resumed_behind_its_training_calibrates_again(shards, tmp_path):
