@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -121,7 +122,8 @@ BROKEN_RECORDS = {
     "over training time": (edit("train_seed2.log", r"^(  = training +)[\d.]+ s", r"\g<1>612.40 s"), "PG041", 5),
     "over evaluation time": (edit("train_seed2.log", r"^(  = evaluation +)[\d.]+ s", r"\g<1>660.10 s"), "PG042", 5),
     "two seeds": (
-        both(remove("train_seed3.log"), edit_json(seeds=[1, 2], seed_results=seeds("12"), val_bpb_std=None)), "PG176", 9),
+        both(remove("train_seed3.log"), edit_json(seeds=[1, 2], seed_results=seeds("12"), val_bpb_std=None)),
+        "PG176", 9),
     "a short validation split": (edit("train_seed1.log", r"val_documents:50000", "val_documents:41597"), "PG101", 9),
     "too many bytes in the split": (
         edit("train_seed1.log", r"target_bytes:\d+", "target_bytes:157319833"), "PG062", 9),
@@ -162,6 +164,11 @@ def test_there_are_enough_and_every_rule_that_can_fail_does():
         "PG141",
         "PG205",
     }
+
+
+def test_the_page_has_every_rule_and_no_other(root):
+    ids = re.findall(r"^\| (PG\d{3}) \|", (root / "docs/submission.md").read_text(), re.M)
+    assert ids == list(check.RULES)
 
 
 WARNED = {
