@@ -43,6 +43,13 @@ def seeds(which):
     return lambda old: {k: v for k, v in old.items() if k in which}
 
 
+def over_in_a_log(folder):
+    total = 15_990_000 + (folder / "train_gpt.py").stat().st_size
+    edit("train_seed2.log", r"^(Serialized model \S+:) \d+", r"\1 15990000")(folder)
+    edit("train_seed2.log", r"^(Total submission size \S+:) \d+", rf"\1 {total}")(folder)
+    edit_json(seed_results__2__artifact_bytes=total)(folder)
+
+
 BROKEN = {
     # files
     "no README": (remove("README.md"), "PG201", 9),
@@ -89,10 +96,7 @@ BROKEN = {
     "an audit that failed": (write("audit.json", '{"passed": false}'), "PG121", 9),
     "an audit of other code": (write("audit.json", '{"passed": true, "code_sha256": "00"}'), "PG121", 9),
     # bytes
-    "over the limit in a log": (
-        both(edit("train_seed2.log", r"^(Serialized model \S+:) \d+", r"\1 15990000"),
-             edit("train_seed2.log", r"^(Total submission size \S+:) \d+", r"\1 16085831"),
-             edit_json(seed_results__2__artifact_bytes=16085831)), "PG011", 5),
+    "over the limit in a log": (over_in_a_log, "PG011", 5),
     "over the limit by its claim": (
         both(edit_json(bytes_total=lambda v: 16_000_001, bytes_model=lambda v: 16_000_001 - 95_000, bytes_code=95_000)),
         "PG011", 5),
