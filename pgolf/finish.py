@@ -10,7 +10,7 @@ import torch
 
 from pgolf import checkpoint, evidence, limits, result
 from pgolf.artifact import budget, codecs
-from pgolf.artifact.bundle import bundle
+from pgolf.artifact.bundle import bundle, made_by
 from pgolf.artifact.model_io import load_model, save_model
 from pgolf.config import RunConfig
 from pgolf.data.batch import Batch
@@ -76,7 +76,7 @@ def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
     if trainer.device.type == "cuda":
         log.peak_memory(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
     facts = gather(trainer, floats, packed, slid, report, began) | evidence.gather(trainer, code, packed, slid)
-    for line in evidence.lines(facts):
+    for line in [f"code made by: {made_by()}", *evidence.lines(facts)]:
         log.line(line, console=False)
     dist.on_main(lambda: result.write_result(run_dir, facts))
     if dist.is_main:

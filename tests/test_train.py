@@ -355,18 +355,3 @@ def test_a_failing_launch_says_it_once(tmp_path, shards):
     done = launch(2, shards, tmp_path / "x", "optim.muon.learning=1")
     assert done.returncode != 0
     assert done.stderr.count("optim.muon.learning is not a setting") == 1
-
-
-@pytest.mark.slow
-def test_bundle_run_equals_package_run(smoke, shards, tmp_path):
-    """The counted script, alone in an empty folder, trains to the same losses and the same artifact bytes."""
-    out = tmp_path / "runs"
-    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environ |= {"PRESET": "smoke", "DATA_PATH": str(shards), "TOKENIZER_PATH": str(shards / "tokenizer.model"),
-                "VOCAB_SIZE": str(VOCAB)}  # fmt: skip
-    script = tmp_path / "train_gpt.py"
-    script.write_bytes((smoke[1] / "train_gpt_bundle.py").read_bytes())
-    command = [sys.executable, str(script), f"train.out_dir={out}", "train.device=cpu"]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert losses(out) == pytest.approx([e["train_loss"] for e in events(smoke[1], "step")], abs=1e-5)

@@ -25,6 +25,16 @@ def bundle(entry: str | Path = ENTRY) -> bytes:
     return script.make(entry).data
 
 
+def made_by(entry: str | Path = ENTRY) -> str:
+    """The programs that the bytes depend on, for the log; what would make them fewer where it is missing."""
+    if (Path(entry).resolve().parent / COPY).is_file():
+        return "handed on: this run is from a bundle"
+    from pgolf.artifact import script
+
+    hint = "" if script.minify.minifier() else "; about a tenth smaller with: pip install python-minifier"
+    return script.made_by() + hint
+
+
 def code_bytes(entry: str | Path = ENTRY) -> int:
     """Size of the bundle in bytes."""
     return len(bundle(entry))

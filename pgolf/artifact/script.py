@@ -16,6 +16,7 @@ import lzma
 import platform
 import re
 import tokenize
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -96,7 +97,9 @@ def read(data: bytes) -> Script:
     that is executed), or the script itself. Raises ArtifactError when it is no Python or unpacks to too much.
     """
     try:
-        tree = ast.parse(data)
+        with warnings.catch_warnings():  # of invalid escapes, which are the script's business
+            warnings.simplefilter("ignore")
+            tree, source = ast.parse(data), _source(data)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
         raise ArtifactError(f"the script is no Python: {err}") from err
     literals = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, (str, bytes))]
@@ -104,12 +107,13 @@ def read(data: bytes) -> Script:
     # the longest literal of a plain script is a text, which decodes to nothing
     found = next(filter(None, map(_text, _decoded(longest))), None) if len(longest) > 200 else None
     if found is None:
-        return Script(data, {ENTRY.name: _source(data)})
+        return Script(data, {ENTRY.name: source})
     parts = found.split("\0")
     files = {ENTRY.name: found} if len(parts) == 1 else dict(zip(parts[::2], parts[1::2], strict=False))
     for name in files:
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not name.isprintable() or "\\" in name or ":" in name:
+        odd = not name.isprintable() or {"\\", ":"} & set(name)
+        if odd or not path.name or path.is_absolute() or ".." in path.parts:
             raise ArtifactError(f"the script would write outside of its folder: {name!r}")
     if len(parts) > 1 and (len(parts) % 2 or len(files) < len(parts) // 2):
         raise ArtifactError(f"the script's files are damaged: {len(parts)} parts, {len(files)} names")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -99,7 +100,9 @@ class Folder:
 def names(text: str) -> tuple[frozenset[str], frozenset[str]]:
     """(top-level modules that a source imports, what else may name a file: imported names, literals that end in .py)"""
     try:
-        nodes = list(ast.walk(ast.parse(text)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nodes = list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         nodes = []
     modules, others = set(), set()

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from pgolf.artifact import minify, script
-from pgolf.artifact.bundle import COPY, ENTRY, bundle, code_bytes
+from pgolf.artifact.bundle import COPY, ENTRY, bundle, code_bytes, made_by
 from pgolf.artifact.closure import closure
 from pgolf.artifact.minify import interface, strip
 from pgolf.errors import ArtifactError
@@ -191,6 +191,8 @@ def test_a_run_from_a_bundle_ships_that_bundle(tree, tmp_path):
     unpacked.mkdir()
     (unpacked / COPY).write_bytes(b"the bytes that run")
     assert bundle(unpacked / "train_gpt.py") == b"the bytes that run"
+    assert "from a bundle" in made_by(unpacked / "train_gpt.py")
+    assert made_by().startswith("Python 3.") and ("pip install" in made_by()) == (minify.minifier() is None)
 
 
 def test_what_makes_bundles_is_in_none(root):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import lzma
 import math
 import os
 import struct
@@ -15,7 +17,7 @@ from harness import Reader, spill
 from mutate import Files
 
 from pgolf import checkpoint, config, result, resume, tree
-from pgolf.artifact import codecs, pack
+from pgolf.artifact import codecs, pack, script
 from pgolf.artifact.model_io import load_model, save_model
 from pgolf.artifact.pack import HEAD
 from pgolf.data import corpus, download, shards
@@ -28,6 +30,7 @@ from pgolf.model.roles import roles_of
 from pgolf.presets import PRESETS
 from pgolf.quant.config import QuantConfig
 from pgolf.schema import RunConfig
+from pgolf.submit import logs, record
 
 VOCAB = 320
 TEXT = ["def mark(x):\n    return x + 1\n", "class Ball:\n    x = 0\n    y = 12\n", "import os\n\tpass  # \u00e9\n"]
@@ -350,7 +353,98 @@ def check_forged_checkpoint(files: Files, read) -> None:
     assert tree.diff(saved, PRESETS["smoke"]()).keys() <= set(resume.FREE)
 
 
+# -- submissions -------------------------------------------------------------------------------------------------
+
+SEED = {"val_bpb": 1.1, "val_loss": 1.86, "artifact_bytes": 15_900_000, "train_wallclock_ms": 599_000.5, "steps": 7000}
+
+
+def good_submissions(folder: Path) -> list[Files]:
+    """Ours; one with others' names; one with almost nothing."""
+    must = {"author": "A", "github_id": "a", "name": "N", "date": "2026-03-27", "val_bpb": 1.1}
+    ours = must | {
+        "track": "10min_16mb", "val_loss": 1.86, "val_bpb_std": 0.0, "bytes_total": 15_900_000, "bytes_code": 95_000,
+        "bytes_model": 15_805_000, "seeds": [1, 2], "seed_results": {"1": SEED, "2": SEED}, "cuda_version": None,
+    }  # fmt: skip
+    others = must | {"seeds": {"seed_42": 1.1, "1337": {"val_bpb": 1.2}}, "artifact_bytes": 15_900_000}
+    listed = must | {"runs": [{"seed": 7, **SEED}, {"seed": "8", "val_bpb": 1.0}]}
+    return [{"submission.json": json.dumps(value).encode()} for value in (ours, others, listed, must)]
+
+
+def read_submission(folder: Path, files: Files) -> record.Record:
+    return record.load(files["submission.json"])
+
+
+def check_submission(files: Files, got: record.Record) -> None:
+    """Whatever was accepted is of its type and in its range, and stands in the file."""
+    raw = json.loads(files["submission.json"].decode("utf-8-sig"))
+    assert got.raw == raw and not got.problems
+    assert all(isinstance(getattr(got, n), str) and getattr(got, n).strip() for n in ("author", "github_id", "name"))
+    assert 0 < got.val_bpb < math.inf and got.val_bpb == raw["val_bpb"]
+    for count in (got.bytes_total, got.bytes_code, got.bytes_model):
+        assert count is None or (type(count) is int and count > 0)
+    assert len(set(got.seeds)) == len(got.seeds) and all(type(s) is int and s >= 0 for s in got.seeds)
+    for seed, score in got.seed_results.items():
+        assert type(seed) is int and (score.val_bpb is None or 0 < score.val_bpb < math.inf)
+
+
+LOG = """\
+run: runs/a  preset:smoke seed:7 config digest:00
+step:1/2 train_loss:5.1 train_time:83ms step_avg:83.11ms
+stopping_early: wallclock_cap train_time:160ms step:2/2
+Serialized model int6+brotli: 37282 bytes
+Code size: 95837 bytes
+Total submission size int6+brotli: 133119 bytes
+final_int6_sliding val_loss:4.9780 val_bpb:4.2279 stride:64 eval_time:67ms
+final_int6_sliding_exact val_loss:4.97799720 val_bpb:4.22793186
+evidence val_tokens:1471 val_documents:12 targets:1470
+  = training            0.63 s
+total_eval_time: 1.5s
+calibration source: train
+"""
+
+
+def good_logs(folder: Path) -> list[Files]:
+    return [{"train.log": LOG.encode()}, {"train.log": LOG.replace("\n", "\r\n").encode()}]
+
+
+def read_log(folder: Path, files: Files) -> logs.Log:
+    return logs.read("train_seed1.log", files["train.log"].decode("utf-8", "replace"))
+
+
+def check_log(files: Files, got: logs.Log) -> None:
+    """Never an error, and numbers are numbers, zero or more."""
+    for value in (got.val_bpb, got.val_loss, got.train_seconds, got.eval_seconds):
+        assert value is None or value >= 0
+    for value in (got.model_bytes, got.code_bytes, got.total_bytes, got.seed):
+        assert value is None or (type(value) is int and value >= 0)
+    assert got.number("targets") is None or got.number("targets") >= 0
+
+
+def good_scripts(folder: Path) -> list[Files]:
+    """A bundle, a common wrapper, and a plain script."""
+    sources = {"pgolf/a.py": "x = 1\n" * 50, "train_gpt.py": "print('hello', 'world')\n" * 30}
+    text = "\n".join(f"y{i} = {i * i}" for i in range(200)).encode()
+    wrapper = b"exec(open_it(" + repr(base64.b85encode(lzma.compress(text))).encode() + b"))\n"
+    return [{"train_gpt.py": data} for data in (script.compose(sources, "train_gpt.py"), wrapper, text)]
+
+
+def read_script(folder: Path, files: Files) -> script.Script:
+    return script.read(files["train_gpt.py"])
+
+
+def check_script(files: Files, got: script.Script) -> None:
+    """Nothing leads outside of a folder, and all of it is text."""
+    assert got.data == files["train_gpt.py"] and got.files
+    for name, text in got.files.items():
+        assert isinstance(text, str) and not name.startswith("/") and ".." not in name.split("/") and "\0" not in name
+
+
 READERS = [
+    Reader(
+        "submission.json", good_submissions, read_submission, check_submission, (ArtifactError,), accepts=(0.1, 0.9)
+    ),
+    Reader("train.log", good_logs, read_log, check_log, (), accepts=(1.0, 1.0)),
+    Reader("script", good_scripts, read_script, check_script, (ArtifactError,), accepts=(0.05, 0.9)),
     Reader("checkpoint", good_checkpoints, read_checkpoint, check_checkpoint, (ArtifactError,)),
     Reader(
         "forged checkpoint",

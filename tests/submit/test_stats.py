@@ -54,7 +54,7 @@ def test_same_as_scipy_where_it_is_installed():
 
 
 def test_welch_by_hand():
-    """new 1, 2, 3: variance 1; baseline 5, 7, 9, 11: variance 20/3. t = 6 / sqrt(1/3 + 5/3), df = 4 / (1/18 + 25/27)."""
+    """new 1, 2, 3: variance 1; baseline 5, 7, 9, 11: variance 20/3. t = 6 / sqrt(2), df = 4 / (1/18 + 25/27)."""
     t, df, p = welch([1, 2, 3], [5, 7, 9, 11])
     assert t == pytest.approx(6 / math.sqrt(2)) and df == pytest.approx(4 / (1 / 18 + 25 / 27))
     assert p == pytest.approx(t_tail(t, df)) and 0.003 < p < 0.01
