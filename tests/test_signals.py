@@ -216,7 +216,7 @@ def test_a_validation_is_dropped_and_the_step_before_it_saved(tmp_path, monkeypa
     code, path = command(tmp_path, "eval.batch_tokens=64", "train.val_loss_every=10")
     assert code == 143 and saves == [(10, 143)]
     assert "SIGTERM during validation, at 1 of " in capsys.readouterr().err
-    assert "val_loss" not in (path / "train.log").read_text()
+    assert "val_loss:" not in (path / "train.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def describe(found: Sequence[Run], args: argparse.Namespace, compared: Compariso
         "seed_results": {str(run.seed): seed_entry(run) for run in found},
         "hardware": first["hardware"], "pytorch_version": first["versions"]["torch"],
         "cuda_version": first["versions"]["cuda"], "hyperparameters_tuned_on": args.tuned_on,
-        "calibration": first.get("calibration") or calibrated(found),
+        "calibration": calibrated(found),
     }  # fmt: skip
     if len(found) > 1:
         out |= {"val_bpb_std": stdev(scores), "val_loss_std": stdev(losses)}
@@ -141,8 +141,12 @@ def describe(found: Sequence[Run], args: argparse.Namespace, compared: Compariso
 
 
 def calibrated(found: Sequence[Run]) -> str:
-    """What calibration read, by the ledger: none without such a phase; pgolf calibrates on training data only."""
-    return "train" if any("calibrate" in run.facts["ledger"] for run in found) else "none"
+    """What calibration read: what the runs say, else by the ledger. pgolf never calibrates on validation data."""
+    told = [run.facts.get("calibration") for run in found]
+    sources = {str(t["source"]) for t in told if isinstance(t, dict) and t.get("source")}
+    if not sources:
+        sources = {"train" if "calibrate" in run.facts["ledger"] else "none" for run in found}
+    return ", ".join(sorted(sources))
 
 
 def seed_entry(run: Run) -> dict[str, Any]:

@@ -89,6 +89,18 @@ def test_an_audit_goes_into_the_folder(three, made, arguments, tmp_path):
     assert "An audit of the scorer is in `audit.json`" in (tmp_path / "out/README.md").read_text()
 
 
+def test_what_calibration_read_is_told(copies, arguments, tmp_path):
+    """By the runs' own word where they have one, else by their ledgers."""
+    told = lambda: json.loads((tmp_path / "out/submission.json").read_text())["calibration"]
+    for path in copies:
+        facts(path, ledger={"calibrate": {"seconds": 0.1, "counted": "training"}})
+    assert make(copies, tmp_path, arguments) == 0 and told() == "train"
+    shutil.rmtree(tmp_path / "out")
+    for path in copies:
+        facts(path, calibration={"source": "generated", "tokens": 100})
+    assert make(copies, tmp_path, arguments) == 0 and told() == "generated"
+
+
 def test_a_checkout_that_moved_on_is_no_obstacle(three, made, arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "make", lambda *_: script.Script(b"another", {}))
     assert make(three, tmp_path, arguments) == 0
