@@ -204,7 +204,8 @@ class Stepper:
         """Steps as late in a run: scheduled losses, all phases on. Leaves everything as it was."""
         t = self.trainer
         t.objective.set_progress(1.0)
-        t.phases.apply(0.0)
+        with paths(**t.runtime.paths):  # its probe runs the compiled forward
+            t.phases.apply(0.0)
         for optimizer in (True, False):
             self.call(optimizer)
         t.phases.undo()
