@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from pgolf import checkpoint, config, finish, resume, tree
+from pgolf.artifact.codecs import CODECS
 from pgolf.artifact.pack import pack
 from pgolf.calibrate import Calibration
 from pgolf.clock import TimeLedger
@@ -30,7 +31,7 @@ from pgolf.errors import ArtifactError, PgolfError
 from pgolf.eval.base import evaluate
 from pgolf.log import RunLog
 from pgolf.quant import eggroll
-from pgolf.quant.config import CODEC_NAMES, EggrollConfig, GeneratedConfig, GptqConfig, QuantConfig
+from pgolf.quant.config import EggrollConfig, GeneratedConfig, GptqConfig, QuantConfig
 from pgolf.quant.policy import quantize_state
 from pgolf.quant.records import Parts, Record
 from pgolf.snapshot import FOLDER
@@ -154,7 +155,7 @@ def frontier_rows(bench: Bench, base: QuantConfig, kinds: tuple[str, ...], batch
                 for gptq in (None, replace(FULL, batches=batches)):
                     quant = replace(base, matrix=kind, embed=embed, matrix_clip=clip, embed_clip=clip, gptq=gptq)
                     records = bench.quantised(quant)
-                    sizes = {codec: len(pack(records, {}, codec)) for codec in CODEC_NAMES}
+                    sizes = {codec: len(pack(records, {}, codec)) for codec in CODECS}
                     what = {"matrix": kind, "embed": embed, "clip": clip, "method": "GPTQ" if gptq else "rounding"}
                     yield {**what, "val_bpb": bench.score(records), "bytes": sizes}
 
@@ -223,7 +224,7 @@ def page(found: dict) -> str:
         for r in frontier(found["frontier"])
     ]
     kind = ["", "## Codecs", "", "Bytes over brotli's, mean of all rows.", ""]
-    extra = [[codec, f"{100 * overhead(found['frontier'], codec):+.2f} %"] for codec in CODEC_NAMES]
+    extra = [[codec, f"{100 * overhead(found['frontier'], codec):+.2f} %"] for codec in CODECS]
     return "\n".join([
         *head, table(["method", *kinds], rows), *tail,
         table(["matrices / tables", "clip", "method", "codec", "bytes", "BPB"], best),
@@ -254,7 +255,7 @@ def draw(found: dict, path: Path) -> None:
     figure, floats = Figure(figsize=(12, 9), layout="constrained"), found["float_bpb"]
     kinds = list(dict.fromkeys(r["matrix"] for r in found["frontier"]))
     axes = figure.subplots(2, 2, sharey=True).flat
-    for panel, codec in zip(axes, CODEC_NAMES, strict=True):
+    for panel, codec in zip(axes, CODECS, strict=True):
         for r in found["frontier"]:
             color = f"C{kinds.index(r['matrix'])}"
             style = {"marker": "os^"[CLIPS.index(r["clip"])], "edgecolors": color, "s": 28}

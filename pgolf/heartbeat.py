@@ -6,6 +6,7 @@ launcher and outlives every rank. A thread writes once a second; the training lo
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 # Of a wait, before it is told who is missing, in seconds.
 TELL_AFTER = 20.0
+LEAVE_AFTER = 5.0  # seconds that `close` waits for a thread whose store does not answer
 NAMED = 4  # late ranks named in a message
 
 
@@ -40,15 +42,21 @@ class Heartbeat:
         self.where: Callable[[], tuple[str, int]] = lambda: ("start", 0)  # phase, steps taken
         self.say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
         self.waits_for, self._since, self._told, self._count = "", 0.0, False, 0
-        self._end = threading.Event()
+        self._end, self._thread = threading.Event(), None
         self.beat()
 
     def start(self) -> None:
         """Lets a thread beat until `close`. Every rank must have been built before: a missing sign blocks a reader."""
-        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
 
     def close(self) -> None:
+        """Ends the thread. Inside the store while the interpreter shuts down, it would abort the process."""
         self._end.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(LEAVE_AFTER)
+            atexit.unregister(self.close)
 
     def waiting(self, what: str) -> None:
         """The main thread enters a collective (what), or leaves it ("")."""

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,9 +26,22 @@ ROOT = Path(__file__).resolve().parent.parent
 # -- signs of life, without processes ----------------------------------------------------------------------------------
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """No thread outlives its test."""
+    yield
+    while STARTED:
+        STARTED.pop().close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
+
+
 def hearts(n, store=None):
     store = store or tdist.HashStore()
-    return [Heartbeat(store, r, n, every=0.01, tell_after=0.05) for r in range(n)]
+    STARTED[:] = [Heartbeat(store, r, n, every=0.01, tell_after=0.05) for r in range(n)]
+    return list(STARTED)
 
 
 def beating(*some):
