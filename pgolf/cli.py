@@ -67,9 +67,8 @@ def main(
         if not err.on_all_ranks or environ.get("RANK", "0") in ("", "0"):
             print(f"{'stopped' if isinstance(err, Stopped) else 'error'}: {err}", file=sys.stderr)
         elif isinstance(err, ConfigError):
-            time.sleep(
-                1.5
-            )  # torchrun ends the others when the first ends, which should not be before rank 0 has spoken
+            # torchrun ends the others when the first ends, which should not be before rank 0 has spoken
+            time.sleep(1.5)
         return err.exit_code
     except BrokenPipeError:  # `--help | head`: the reader has what it wanted; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
