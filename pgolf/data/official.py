@@ -47,6 +47,7 @@ WRONG_TARGETS = {
     9_662_464: "a truncated val file (19 MB instead of 95.7 MB), as in the first version of PR #1923",
     36_562_944: "a val split made by parallel workers that each took their own first documents, as in PR #2109",
 }
+LEAKY_SHARDS = 1000  # train shards above which an export has 10 M tokens a shard, as the leaking one had (1499)
 # (lowest and highest ratio of counted to true bytes, what had happened)
 WRONG_RATIOS = (
     (1.0085, 1.0115, "the over-count of 1.0 % of PR #1795"),
@@ -77,6 +78,19 @@ class Split:
     def truncated(self) -> int:
         """Targets in whole sequences."""
         return max(self.tokens - 1, 0) // SEQ_LEN * SEQ_LEN
+
+
+def leak_mark(path: str, train_shards: int) -> str:
+    """The mark of the export whose training data held val documents 10,000 to 49,999 (PR #2127); "" without one.
+
+    A mark is no proof: the documents themselves decide (`pgolf.data.overlap`).
+    """
+    if "datasets/datasets" in path.replace("\\", "/"):
+        return "a data path with datasets/datasets: the export whose training shards hold validation documents"
+    if train_shards > LEAKY_SHARDS:
+        what = f"{train_shards:,} training shards: an export of 10 M tokens a shard"
+        return f"{what}, whose training data held validation documents"
+    return ""
 
 
 def export_of(split: Split) -> Export | None:

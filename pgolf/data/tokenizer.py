@@ -29,8 +29,8 @@ def sentencepiece():
     return sentencepiece
 
 
-def load_tokenizer(path: str | Path, vocab_size: int):
-    """The SentencePieceProcessor stored at `path`; it must have exactly `vocab_size` pieces. Raises DataError."""
+def load_tokenizer(path: str | Path, vocab_size: int | None):
+    """The SentencePieceProcessor stored at `path`, of exactly `vocab_size` pieces (None: any number). DataError."""
     path, spm = Path(path), sentencepiece()
     if not path.is_file():
         raise DataError(
@@ -47,7 +47,7 @@ def load_tokenizer(path: str | Path, vocab_size: int):
             f"{path} is no SentencePiece model: it looks like {kind} ({len(proto):,} bytes)\n"
             "fix: fetch the tokenizer again"
         ) from err
-    if pieces != vocab_size:
+    if vocab_size is not None and pieces != vocab_size:
         raise DataError(
             f"vocabulary sizes differ: {pieces} pieces in tokenizer {path}, {vocab_size} in model.embed.vocab_size\n"
             f"fix: set model.embed.vocab_size={pieces} (VOCAB_SIZE), or give the tokenizer of the shards"
