@@ -23,7 +23,7 @@ LAYERS = [
     {"run"},
     {"cli", "lab"},
     {"doctor", "size"},
-    {"submit"},
+    {"submit", "dataset"},
     {"__main__"},
 ]
 LEAVES = {
