@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pgolf import cli, finish, signals, snapshot, train
+from pgolf import cli, signals, snapshot, train
 from pgolf.errors import Stopped
+from pgolf.scoring import Scoring
 from pgolf.signals import CODES, Stop, catching
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,13 +228,13 @@ def test_the_export_ends_between_its_stages(where, method, tmp_path, monkeypatch
     if method == "safe_point":
         send_when(monkeypatch, train.Trainer, method, "SIGTERM", lambda self, place: place == where)
     else:
-        score = finish.score
+        score = Scoring.score
 
-        def patched(trainer, *args):
-            raise_and_wait(trainer.stop, "SIGTERM")
-            return score(trainer, *args)
+        def patched(self, *args):
+            raise_and_wait(self.stop, "SIGTERM")
+            return score(self, *args)
 
-        monkeypatch.setattr(finish, "score", patched)
+        monkeypatch.setattr(Scoring, "score", patched)
     code, path = command(tmp_path, "eval.batch_tokens=64", "train.iterations=2")
     assert code == 143 and saves == [(2, 0)]
     assert f"SIGTERM {where}" in capsys.readouterr().err

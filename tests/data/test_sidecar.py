@@ -11,7 +11,14 @@ from pgolf.data.shards import read_shard, write_shard
 from pgolf.data.tokenizer import load_tokenizer, piece_bytes
 from pgolf.errors import DataError
 
-TEXTS = ["The NASA of McDonald", "iPhone OK, 3D Über \U0001f600", "the end", "", "  Two  spaces\n", "\ue001 kept \ue004"]
+TEXTS = [
+    "The NASA of McDonald",
+    "iPhone OK, 3D Über \U0001f600",
+    "the end",
+    "",
+    "  Two  spaces\n",
+    "\ue001 kept \ue004",
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +70,9 @@ def test_one_byte_off_names_the_document(loaded):
     letters = [i for i, t in enumerate(tokens.tolist()) if starts[7] < i < starts[8] and counts[i] > 1]
     wrong = counts.copy()
     wrong[letters[3]] += 1
-    with pytest.raises(DataError, match=r"\(\+1\), in 1 of 12 documents; first in document 7, .* sidecar [\d,]+, pieces"):
+    with pytest.raises(
+        DataError, match=r"\(\+1\), in 1 of 12 documents; first in document 7, .* sidecar [\d,]+, pieces"
+    ):
         sidecar.prove_sidecar(sp, tokens, wrong)
 
 
@@ -143,7 +152,9 @@ def test_wrong_tokenizer_is_refused(made, loaded, corpus):
 def folding():
     """A tokenizer of the challenge's settings, with operators: its normaliser folds text."""
     spm = pytest.importorskip("sentencepiece")
-    lines = [case_ops.encode(f"The {w} Number {i} is NAÏVE, {i * 37 % 101} times.") for i, w in enumerate("abcdef" * 40)]
+    lines = [
+        case_ops.encode(f"The {w} Number {i} is NAÏVE, {i * 37 % 101} times.") for i, w in enumerate("abcdef" * 40)
+    ]
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=350, character_coverage=0.999,
@@ -160,8 +171,12 @@ def test_a_folding_normaliser(folding):
     tokens, counts = (np.concatenate(part).astype(np.uint16) for part in zip(*streams, strict=True))
     assert not sidecar.keeps_text(folding)
     proof = sidecar.prove_sidecar(folding, tokens, counts)
-    assert proof.differing == 2 and proof.first.startswith("document 6,000, ") and "another length in 2 of" in str(proof)
-    assert proof.bytes == sum(len(t.encode()) for t in plain) + len("1\u00bd cups  \ufb01neE\u0301cole \uff21b".encode())
+    assert (
+        proof.differing == 2 and proof.first.startswith("document 6,000, ") and "another length in 2 of" in str(proof)
+    )
+    assert proof.bytes == sum(len(t.encode()) for t in plain) + len(
+        "1\u00bd cups  \ufb01neE\u0301cole \uff21b".encode()
+    )
     wrong = counts.copy()
     wrong[np.flatnonzero(counts)[::400]] += 1
     with pytest.raises(DataError, match="bytes cannot be proven: the byte sidecar"):

@@ -17,7 +17,7 @@ WHAT = {"artifact": "a", "data": "d"}
 
 
 class Killed(PgolfError):
-    pass
+    """As if the process had died."""
 
 
 class Learner(SlidingWindows):
@@ -43,7 +43,11 @@ class Learner(SlidingWindows):
 
 
 def run(dist, folder=None, die_at=0, what=WHAT, said=None, seconds=0.0):
-    keep = Keeper(folder, "sliding", what, dist, seconds=seconds, say=[].append if said is None else said.append) if folder else None
+    keep = (
+        Keeper(folder, "sliding", what, dist, seconds=seconds, say=[].append if said is None else said.append)
+        if folder
+        else None
+    )
     fed = []
 
     def watch(done, rounds):
