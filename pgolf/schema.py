@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pgolf.data.config import DataConfig
 from pgolf.eval.config import EvalConfig
 from pgolf.model.config import LossConfig, ModelConfig
+from pgolf.ngram.config import NgramConfig
 from pgolf.optim.config import AverageConfig, OptimConfig, ScheduleConfig
 from pgolf.quant.config import QuantConfig
 
@@ -112,6 +113,7 @@ class RunConfig:
     average: AverageConfig = field(default_factory=AverageConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    ngram: NgramConfig | None = None
 
     def problems(self) -> list[str]:
         """What only several sections together can tell."""
