@@ -142,6 +142,7 @@ def score(trainer: Trainer, model: GPT, evaluator: Evaluator, limit: int, label:
         data.val,
         data.byte_counts,
         dist,
+        val_bytes=data.val_bytes,
         watch=watch,
         progress=lambda done, total: log.progress(label, done, total),
         limit_tokens=limit,

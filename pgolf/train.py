@@ -293,8 +293,9 @@ class Trainer:
         try:
             with self.dist.patient():  # the first one compiles
                 return evaluate(
-                    evaluator, self.neural, data.val, data.byte_counts, self.dist, watch=watch, limit_tokens=limit
-                )
+                    evaluator, self.neural, data.val, data.byte_counts, self.dist, val_bytes=data.val_bytes,
+                    watch=watch, limit_tokens=limit,
+                )  # fmt: skip
         finally:
             self.model.train()
 
