@@ -102,8 +102,9 @@ class Bench:
         model.eval()
         windows, data = scoring.plain_windows(trainer.cfg), trainer.data
         return evaluate(
-            windows, Neural(model), data.val, data.byte_counts, trainer.dist, limit_tokens=self.targets
-        ).val_bpb
+            windows, Neural(model), data.val, data.byte_counts, trainer.dist, val_bytes=data.val_bytes,
+            limit_tokens=self.targets,
+        ).val_bpb  # fmt: skip
 
     def quantised(self, quant: QuantConfig) -> list[Record]:
         return self.records(quant, self.parts(quant) if quant.gptq else None)

@@ -52,7 +52,14 @@ def read_jsonl(path: Path) -> Iterator[str]:
 def operator_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     """A SentencePiece model of `vocab_size` pieces trained on the encoded documents, operators at ids 4 to 7."""
     encoded = [Document(str(i), case_ops.encode(text)) for i, text in enumerate(documents)]
-    return train_tokenizer(encoded, vocab_size, symbols=case_ops.CONTROLS)
+    try:
+        return train_tokenizer(encoded, vocab_size, symbols=case_ops.CONTROLS)
+    except DataError as err:
+        reason = str(err).splitlines()[0].partition(" pieces: ")[2]
+        raise DataError(
+            f"no tokenizer of {vocab_size} pieces comes out of {len(encoded):,} training documents: {reason}\n"
+            "fix: another --vocab-size, or more documents"
+        ) from err
 
 
 def tokenise(sp, text: str, number: int) -> tuple[list[int], list[int]]:

@@ -134,12 +134,12 @@ def reading_order(n: int) -> list[int]:
     order, seen = list(range(min(FIRST, n))), set(range(min(FIRST, n)))
     parts = 1
     while len(order) < n:
-        parts *= 2
         for k in range(1, parts + 1):
-            i = min(n * k // parts, n) - 1
+            i = n * k // parts - 1
             if i not in seen and i >= 0:
                 order.append(i)
                 seen.add(i)
+        parts *= 2
     return order
 
 

@@ -1,6 +1,7 @@
 """Sidecars: found or refused, proven on two paths, and what a wrong one is told to be."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def test_the_split_is_its_documents_to_the_byte(made, loaded):
     proof = sidecar.prove_sidecar(sp, tokens, counts)
     assert proof.bytes == proof.piece_bytes == made.counts["val"]["bytes"] and proof.differing == 0
     ends = np.append(np.flatnonzero(tokens == 1), len(tokens))
-    sums = [int(counts[a:b].sum()) for a, b in zip(ends[:6], ends[1:7], strict=True)]
+    sums = [int(counts[a:b].sum()) for a, b in itertools.pairwise(ends[:7])]
     assert sums == [len(t.encode()) for t in TEXTS]
     operators = case_ops.operator_pieces(sp)
     assert operators == dict(zip(case_ops.CONTROLS, (4, 5, 6, 7), strict=True))
@@ -60,7 +61,7 @@ def test_open_data_gives_bytes_by_position(made, loaded):
     assert data.val_bytes.dtype == torch.uint16 and len(data.val_bytes) == len(data.val)
     assert int(data.val_bytes[1:].long().sum()) == made.counts["val"]["bytes"]
     assert any("bytes of all val tokens proven" in line for line in data.lines)
-    with pytest.raises(DataError, match="val_bytes, not byte_counts"):
+    with pytest.raises(DataError, match=r"val_bytes, not byte_counts"):
         data.byte_counts(data.val[:-1], data.val[1:])
 
 
@@ -89,7 +90,7 @@ def test_bytes_moved_between_documents_do_not_cancel(loaded):
 def test_a_shifted_sidecar_is_refused(loaded, by):
     """Indexed by the input and not by the target: sums are all but the same."""
     sp, tokens, counts = loaded
-    with pytest.raises(DataError, match="is no text, and counts|it is shifted"):
+    with pytest.raises(DataError, match=r"is no text, and counts|it is shifted"):
         sidecar.prove_sidecar(sp, tokens, np.roll(counts, by))
 
 
@@ -104,13 +105,13 @@ def test_operators_in_wrong_places_name_the_document(loaded):
     sp, tokens, counts = loaded
     at = int(np.flatnonzero(tokens == 1)[2])
     twice = np.insert(tokens, at + 2, 4)  # behind a letter of the third document
-    with pytest.raises(DataError, match="invalid case operators in val document 2, .* TITLE in a wrong place"):
+    with pytest.raises(DataError, match=r"invalid case operators in val document 2, .* TITLE in a wrong place"):
         sidecar.prove_sidecar(sp, twice, np.insert(counts, at + 2, 0))
 
 
 def test_no_bos_is_refused(loaded):
     sp, tokens, counts = loaded
-    with pytest.raises(DataError, match="not with BOS"):
+    with pytest.raises(DataError, match=r"not with BOS"):
         sidecar.prove_sidecar(sp, tokens[1:], counts[1:])
 
 
@@ -124,18 +125,18 @@ def test_files_that_do_not_fit(made, tmp_path):
     files = copy(made, tmp_path)
     sides = sorted(tmp_path.glob("fineweb_val_bytes_*.bin"))
     write_shard(sides[-1], read_shard(sides[-1])[:-1])
-    with pytest.raises(DataError, match="entries, its shard .* tokens"):
+    with pytest.raises(DataError, match=r"entries, its shard .* tokens"):
         sidecar.read_sidecar(files)
     sides[-1].unlink()
-    with pytest.raises(DataError, match="is missing"):
+    with pytest.raises(DataError, match=r"is missing"):
         sidecar.read_sidecar(files)
     for path in sides[:-1]:
         path.unlink()
     assert sidecar.read_sidecar(files) is None
-    with pytest.raises(DataError, match="has case operators .* no byte sidecar"):
+    with pytest.raises(DataError, match=r"has case operators .* no byte sidecar"):
         source.count_bytes(load_tokenizer(made.tokenizer_path, 512), 512, read_shard(files[0]), files)
     write_shard(tmp_path / "fineweb_val_bytes_000009.bin", np.zeros(3, np.uint16))
-    with pytest.raises(DataError, match="missing|belongs to no val shard"):
+    with pytest.raises(DataError, match=r"missing|belongs to no val shard"):
         sidecar.read_sidecar(files)
     sides[0].write_bytes(b"x")
     with pytest.raises(DataError):
@@ -159,15 +160,17 @@ def folding():
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=350, character_coverage=0.999,
         byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, pad_id=0,
-        bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2, user_defined_symbols=list(case_ops.CONTROLS),
+        bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2,
+        user_defined_symbols=list(case_ops.CONTROLS),
     )  # fmt: skip
     return spm.SentencePieceProcessor(model_proto=model.getvalue())
 
 
 def test_a_folding_normaliser(folding):
     """The sidecar counts the original; pieces the folded text. An accent joins its letter behind TITLE."""
+    odd = ["1\u00bd cups  \ufb01ne", "E\u0301cole \uff21b"]
     plain = ["The cat sat.", "a number is naive, 12 times"] * 3000
-    streams = [export.tokenise(folding, t, 0) for t in [*plain, "1\u00bd cups  \ufb01ne", "E\u0301cole \uff21b"]]
+    streams = [export.tokenise(folding, t, 0) for t in [*plain, *odd]]
     tokens, counts = (np.concatenate(part).astype(np.uint16) for part in zip(*streams, strict=True))
     assert not sidecar.keeps_text(folding)
     proof = sidecar.prove_sidecar(folding, tokens, counts)
@@ -179,9 +182,9 @@ def test_a_folding_normaliser(folding):
     )
     wrong = counts.copy()
     wrong[np.flatnonzero(counts)[::400]] += 1
-    with pytest.raises(DataError, match="bytes cannot be proven: the byte sidecar"):
+    with pytest.raises(DataError, match=r"bytes cannot be proven: the byte sidecar"):
         sidecar.prove_sidecar(folding, tokens, wrong)
-    with pytest.raises(DataError, match="is no text|shifted"):
+    with pytest.raises(DataError, match=r"is no text|shifted"):
         sidecar.prove_sidecar(folding, tokens, np.roll(counts, 1))
 
 
