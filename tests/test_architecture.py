@@ -22,7 +22,7 @@ LAYERS = [
     {"train"},
     {"run"},
     {"cli", "lab"},
-    {"doctor", "size"},
+    {"doctor", "size", "audit"},
     {"submit"},
     {"__main__"},
 ]
