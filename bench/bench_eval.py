@@ -15,7 +15,8 @@ from pgolf import presets
 from pgolf.data.batch import Batch
 from pgolf.data.tokenizer import ByteTable
 from pgolf.dist import Dist
-from pgolf.eval.base import EvalResult, Evaluator, NllFn, evaluate
+from pgolf.eval.base import EvalResult, Evaluator, evaluate
+from pgolf.eval.neural import Neural
 from pgolf.eval.windowed import PlainWindows, SlidingWindows
 from pgolf.kernels.ngram_hash import count_before, document_starts, ngram_hash
 from pgolf.model.gpt import GPT
@@ -34,13 +35,9 @@ def byte_counts() -> Callable:
     return ByteTable.from_sentencepiece(corpus().sp, VOCAB).torch()
 
 
-def run(evaluator: Evaluator, nll: NllFn, tokens: np.ndarray) -> EvalResult:
+def run(evaluator: Evaluator, neural: Neural, tokens: np.ndarray) -> EvalResult:
     """The evaluation of a token stream, as a run does it on one rank."""
-    return evaluate(evaluator, nll, tokens, byte_counts(), Dist())
-
-
-def nll_of(model: GPT) -> NllFn:
-    return lambda ids, targets: model(Batch(ids, targets))[0]
+    return evaluate(evaluator, neural, tokens, byte_counts(), Dist())
 
 
 def naive_loss(model: GPT, tokens: np.ndarray, length: int, stride: int) -> float:
@@ -50,7 +47,7 @@ def naive_loss(model: GPT, tokens: np.ndarray, length: int, stride: int) -> floa
         start = max(0, -(-(t + 1 - length) // stride)) * stride  # of the first window that reaches t
         ids, targets = stream[start : t + 1], stream[start + 1 : t + 2]
         with torch.no_grad():
-            nats.append(nll_of(model)(ids[None], targets[None])[0, -1].double().item())
+            nats.append(model(Batch(ids[None], targets[None]))[0][0, -1].double().item())
     return sum(nats) / len(nats)
 
 
@@ -58,17 +55,26 @@ def assert_is_right(name: str) -> None:
     """A short stream: every target scored once, in the context that its window gives, and all bytes counted."""
     model, tokens = build(presets.smoke()).eval(), corpus().tokens[:300]
     length = 64
-    got = run(WINDOWS[name](length, 256), nll_of(model), tokens)
+    got = run(WINDOWS[name](length, 256), Neural(model), tokens)
     expected = naive_loss(model, tokens, length, length if name == "plain" else length // 4)
     assert got.targets == len(tokens) - 1
     assert abs(got.val_loss - expected) <= 1e-5 * expected, f"{name}: {got.val_loss}, expected {expected}"
 
 
-def kept_batches(evaluator: Evaluator, nll: NllFn, tokens: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+class Spy(Neural):
+    """Keeps what the evaluator feeds the model."""
+
+    def nats(self, batch: Batch, index: Tensor) -> Tensor:
+        self.fed.append((batch, index))
+        return super().nats(batch, index)
+
+
+def kept_batches(evaluator: Evaluator, model: GPT, tokens: np.ndarray) -> list[tuple[Batch, Tensor]]:
     """What the evaluator feeds the model."""
-    fed: list[tuple[Tensor, Tensor]] = []
-    run(evaluator, lambda ids, targets: fed.append((ids, targets)) or nll(ids, targets), tokens)
-    return fed
+    spy = Spy(model)
+    spy.fed = []
+    run(evaluator, spy, tokens)
+    return spy.fed
 
 
 @pytest.mark.parametrize("name", WINDOWS)
@@ -77,18 +83,19 @@ def test_windows(benchmark, name):
     """The cpu preset's model over a stream, against its forward passes alone, over the very same batches."""
     assert_is_right(name)
     model, tokens = build(presets.cpu()).eval(), corpus().tokens[:1025]
-    nll, evaluator = nll_of(model), WINDOWS[name](256, 1024)
-    fed = kept_batches(evaluator, nll, tokens)
+    neural, evaluator = Neural(model), WINDOWS[name](256, 1024)
+    fed = kept_batches(evaluator, model, tokens)
 
     @torch.no_grad()
     def floor() -> None:
-        for ids, targets in fed:
-            nll(ids, targets)
+        for batch, index in fed:
+            neural.nats(batch, index)
 
     def check(got: EvalResult) -> None:
-        assert got.targets == len(tokens) - 1 and got.tokens_forwarded == sum(ids.numel() for ids, _ in fed)
+        assert got.targets == len(tokens) - 1
+        assert got.tokens_forwarded == sum(batch.ids.numel() for batch, _ in fed)
 
-    evaluated = lambda: run(evaluator, nll, tokens)
+    evaluated = lambda: run(evaluator, neural, tokens)
     sides = ("evaluate", evaluated), ("forward passes", floor)
     gate(benchmark, *sides, at_most=1.15, check=check, seconds=4, clock=CPU_TIME)
     forwarded = benchmark.pedantic(evaluated, rounds=5).tokens_forwarded

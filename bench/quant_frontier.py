@@ -29,6 +29,7 @@ from pgolf.clock import TimeLedger
 from pgolf.dist import Dist
 from pgolf.errors import ArtifactError, PgolfError
 from pgolf.eval.base import evaluate
+from pgolf.eval.neural import Neural
 from pgolf.log import RunLog
 from pgolf.quant import eggroll
 from pgolf.quant.config import EggrollConfig, GeneratedConfig, GptqConfig, QuantConfig
@@ -99,9 +100,10 @@ class Bench:
         trainer = self.trainer
         model = trainer.model if records is None else eggroll.exported(trainer.model, records)
         model.eval()
-        nll, data = (lambda ids, targets: model(finish.Batch(ids, targets))[0]), trainer.data
-        windows = finish.plain_windows(trainer.cfg)
-        return evaluate(windows, nll, data.val, data.byte_counts, trainer.dist, limit_tokens=self.targets).val_bpb
+        windows, data = finish.plain_windows(trainer.cfg), trainer.data
+        return evaluate(
+            windows, Neural(model), data.val, data.byte_counts, trainer.dist, limit_tokens=self.targets
+        ).val_bpb
 
     def quantised(self, quant: QuantConfig) -> list[Record]:
         return self.records(quant, self.parts(quant) if quant.gptq else None)

@@ -13,9 +13,9 @@ from pgolf.artifact import budget, codecs
 from pgolf.artifact.bundle import bundle, made_by
 from pgolf.artifact.model_io import load_model, save_model
 from pgolf.config import RunConfig
-from pgolf.data.batch import Batch
 from pgolf.errors import BudgetError
 from pgolf.eval.base import EvalResult, Evaluator, evaluate
+from pgolf.eval.neural import Neural
 from pgolf.eval.windowed import PlainWindows, SlidingWindows
 from pgolf.model.gpt import GPT, parameter_count
 from pgolf.quant.records import Parts
@@ -136,10 +136,9 @@ def score(trainer: Trainer, model: GPT, evaluator: Evaluator, limit: int, label:
     watch = limits.Watch(
         dist, trainer.stop, label, limit=cfg.max_seconds, reserve=cfg.reserve_seconds, already=already, say=log.line
     )
-    nll = trainer.compiled(lambda ids, targets: model(Batch(ids, targets))[0])
     scored = evaluate(
         evaluator,
-        nll,
+        Neural(model, compiled=trainer.compiled),
         data.val,
         data.byte_counts,
         dist,

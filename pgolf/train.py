@@ -14,12 +14,12 @@ from pgolf import finish, limits, probe, runtime, signals
 from pgolf.calibrate import Calibration
 from pgolf.clock import Clock, TimeLedger
 from pgolf.config import RunConfig
-from pgolf.data.batch import Batch
 from pgolf.data.loaders import LOADERS, Prefetcher
 from pgolf.data.source import open_data
 from pgolf.dist import Dist
 from pgolf.errors import BudgetError, NumericalError, Stopped
 from pgolf.eval.base import EvalResult, Evaluator, evaluate
+from pgolf.eval.neural import Neural
 from pgolf.log import RunLog
 from pgolf.model.gpt import GPT
 from pgolf.model.objective import Objective
@@ -82,7 +82,7 @@ class Trainer:
         self.keep_reserve(t.reserve_ms)
         self.loader = self.new_loader()
         self.compute_loss = self.compiled(self.objective.__call__)
-        self.nll = self.compiled(lambda ids, targets: self.model(Batch(ids, targets))[0])
+        self.neural = Neural(self.model, compiled=self.compiled)
         self.step_number, self.lr_scale, self.tokens, self.last_step_s = 0, 1.0, 0, 0.0
         self.skipped = (0, 0.0)  # first steps that the mean step time leaves out, and their milliseconds
         self.last_val: EvalResult | None = None
@@ -293,7 +293,7 @@ class Trainer:
         try:
             with self.dist.patient():  # the first one compiles
                 return evaluate(
-                    evaluator, self.nll, data.val, data.byte_counts, self.dist, watch=watch, limit_tokens=limit
+                    evaluator, self.neural, data.val, data.byte_counts, self.dist, watch=watch, limit_tokens=limit
                 )
         finally:
             self.model.train()

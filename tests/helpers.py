@@ -16,3 +16,16 @@ def random_batch(vocab: int, rows: int = 2, length: int = 32, seed: int = 0):
     gen = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocab, (rows, length + 1), generator=gen)
     return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+
+class ToyNeural:
+    """A scorer out of a function (ids, targets) -> nats of every position, without probabilities of other tokens."""
+
+    def __init__(self, nll):
+        self.nll = nll
+
+    def nats(self, batch, index):
+        return self.nll(batch.ids, batch.targets).flatten()[index]
+
+    def log_probs(self, batch, index):
+        raise NotImplementedError("this toy knows the probability of the target alone")

@@ -104,7 +104,7 @@ def test_every_rank_is_watched_equally_often():
         with pytest.raises(AssertionError, match="left out"):  # the other ranks' windows
             evaluate(
                 PlainWindows(4, batch_tokens=12),
-                lambda ids, targets: torch.zeros(ids.shape),
+                ToyNeural(lambda ids, targets: torch.zeros(ids.shape)),
                 tokens,
                 lambda ids, targets: torch.ones_like(ids),
                 dist,

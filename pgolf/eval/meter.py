@@ -30,6 +30,14 @@ class Meter:
         self._sums[1] += nll.numel()
         self._sums[2] += nbytes.sum()
 
+    def state(self) -> Tensor:
+        """The sums, for a saved evaluation."""
+        return self._sums.cpu()
+
+    def load_state(self, state: Tensor) -> None:
+        """The inverse of `state`."""
+        self._sums.copy_(state)
+
     def all_reduce(self, dist) -> None:
         """Adds up the meters of all ranks (`pgolf.dist.Dist`); every rank then reads the same scores."""
         dist.all_reduce_sum_(self._sums)

@@ -1,14 +1,15 @@
-"""Evaluators that do not adapt: plain windows and the sliding window."""
+"""Windows over the stream, which do not look at documents: plain and sliding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from pgolf.errors import ConfigError
-from pgolf.eval.base import Evaluator, Span
+from pgolf.eval.base import Evaluator
+from pgolf.eval.spans import Span
 
 
-class _Windows(Sequence):
+class Windows(Sequence):
     """Window j starts at j * stride and scores from its first `stride` last positions on; window 0 scores all.
 
     Spans are made when asked for: the challenge's val split has 969,057 windows at length 2048 and stride 64.
@@ -25,7 +26,7 @@ class _Windows(Sequence):
 
     def __getitem__(self, j):
         if isinstance(j, slice):
-            return _Windows(self.n_targets, self.length, self.stride, self.which[j])
+            return Windows(self.n_targets, self.length, self.stride, self.which[j])
         start = self.which[j] * self.stride
         score_from = start + self.length - self.stride if start else 0
         return Span(start, min(start + self.length, self.n_targets), score_from)
@@ -48,7 +49,7 @@ class PlainWindows(Evaluator):
         return n_targets // self.seq_len * self.seq_len if self.truncated else n_targets
 
     def spans(self, n_targets: int) -> Sequence[Span]:
-        return _Windows(n_targets, self.seq_len, self.seq_len)
+        return Windows(n_targets, self.seq_len, self.seq_len)
 
 
 class SlidingWindows(Evaluator):
@@ -65,12 +66,9 @@ class SlidingWindows(Evaluator):
         self.name = f"sliding windows of {seq_len}, stride {stride}"
 
     def spans(self, n_targets: int) -> Sequence[Span]:
-        return _Windows(n_targets, self.seq_len, self.stride)
+        return Windows(n_targets, self.seq_len, self.stride)
 
 
 def _check(seq_len: int, stride: int) -> None:
     if seq_len < 1 or not 1 <= stride <= seq_len:
         raise ConfigError(f"eval.seq_len={seq_len}, eval.stride={stride}: need 1 <= stride <= seq_len")
-
-
-EVALUATORS = {"plain": PlainWindows, "sliding": SlidingWindows}

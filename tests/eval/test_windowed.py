@@ -1,18 +1,20 @@
 """Windows and the evaluation loop against brute force with a toy causal model."""
 
 import math
-import threading
 
 import numpy as np
 import pytest
 import torch
+from helpers import ToyNeural
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import on_ranks
 
 from pgolf.dist import Dist
-from pgolf.errors import ConfigError, DataError, NumericalError, PgolfError
-from pgolf.eval.base import CoverageError, Evaluator, Span, evaluate
-from pgolf.eval.windowed import EVALUATORS, PlainWindows, SlidingWindows
+from pgolf.errors import ConfigError, DataError, NumericalError
+from pgolf.eval.base import CoverageError, evaluate
+from pgolf.eval.spans import Span
+from pgolf.eval.windowed import PlainWindows, SlidingWindows
 
 SIZES = [1, 2, 3, 5, 8, 9, 16, 17, 31, 40, 64, 100]
 SHAPES = [(n, length, stride) for n in SIZES for length in (1, 2, 3, 8, 16) for stride in range(1, length + 1)]
@@ -23,6 +25,9 @@ def nll_fn(ids, targets):
     weight = 0.5 ** torch.arange(ids.shape[1]).float()
     past = torch.cumsum(ids.float() * weight, 1)
     return 1.0 + torch.sin(past + 0.1 * targets.float()).abs()
+
+
+TOY = ToyNeural(nll_fn)
 
 
 def byte_counts(ids, targets):
@@ -80,23 +85,23 @@ def check(result, expected):
 def test_sliding_score_equals_brute_force(n, length, data, batch_tokens):
     stride = data.draw(st.integers(1, length))
     tokens = tokens_of(n, seed=n)
-    result = evaluate(SlidingWindows(length, stride, batch_tokens), nll_fn, tokens, byte_counts, Dist())
+    result = evaluate(SlidingWindows(length, stride, batch_tokens), TOY, tokens, byte_counts, Dist())
     check(result, brute_force(tokens, length, stride))
 
 
 @pytest.mark.parametrize("n", [1, 5, 8, 9, 40])
 def test_plain_is_sliding_with_stride_of_a_window(n):
     tokens = tokens_of(n, seed=3)
-    check(evaluate(PlainWindows(8), nll_fn, tokens, byte_counts, Dist()), brute_force(tokens, 8, 8))
+    check(evaluate(PlainWindows(8), TOY, tokens, byte_counts, Dist()), brute_force(tokens, 8, 8))
 
 
 def test_truncated_drops_the_tail_as_the_baseline_does():
     tokens = tokens_of(29)
-    result = evaluate(PlainWindows(8, truncated=True), nll_fn, tokens, byte_counts, Dist())
+    result = evaluate(PlainWindows(8, truncated=True), TOY, tokens, byte_counts, Dist())
     check(result, brute_force(tokens, 8, 8, n=24))
     assert result.subset == "first 24 of 29 targets of the val split"
     with pytest.raises(DataError, match="no target to score"):
-        evaluate(PlainWindows(8, truncated=True), nll_fn, tokens[:8], byte_counts, Dist())
+        evaluate(PlainWindows(8, truncated=True), TOY, tokens[:8], byte_counts, Dist())
 
 
 def test_subset_and_padding_are_reported():
@@ -109,14 +114,14 @@ def test_subset_and_padding_are_reported():
     seen = []
     result = evaluate(
         SlidingWindows(16, 4, batch_tokens=160),
-        spying, tokens, byte_counts, Dist(), limit_tokens=1234, progress=lambda *a: seen.append(a),
+        ToyNeural(spying), tokens, byte_counts, Dist(), limit_tokens=1234, progress=lambda *a: seen.append(a),
     )  # fmt: skip
     check(result, brute_force(tokens, 16, 4, n=1234))
     assert result.subset == "first 1,234 of 1,999 targets of the val split"
     assert len(set(shapes)) == 1  # one shape: a compiled model compiles once
     assert result.tokens_forwarded == len(shapes) * math.prod(shapes[0])
-    assert seen[-1] == (1234, 1234) and [d for d, _ in seen] == sorted({d for d, _ in seen})
-    whole = evaluate(PlainWindows(16), nll_fn, tokens, byte_counts, Dist(), limit_tokens=10**9)
+    assert seen == [(i + 1, len(shapes)) for i in range(len(shapes))]
+    whole = evaluate(PlainWindows(16), TOY, tokens, byte_counts, Dist(), limit_tokens=10**9)
     assert whole.subset == "all 1,999 targets of the val split"
 
 
@@ -127,38 +132,7 @@ def test_tokens_of_any_integer_type_array_memmap_or_tensor(kind, tmp_path):
     tokens.astype(kind).tofile(tmp_path / "val.bin")
     mapped = np.memmap(tmp_path / "val.bin", dtype=kind, mode="r")
     for stream in (tokens.astype(kind), torch.from_numpy(tokens.astype(kind)), mapped):
-        check(evaluate(SlidingWindows(8, 3), nll_fn, stream, byte_counts, Dist()), expected)
-
-
-class ThreadRank(Dist):
-    """A rank that is a thread: sums over ranks through shared memory and a barrier."""
-
-    def __init__(self, rank, world, barrier, slots):
-        super().__init__()
-        self.rank, self.world_size, self._barrier, self._slots = rank, world, barrier, slots
-
-    def all_reduce_sum_(self, tensor):
-        self._slots[self.rank] = tensor.clone()
-        self._barrier.wait()
-        total = sum(self._slots[1:], self._slots[0])
-        self._barrier.wait()
-        return tensor.copy_(total)
-
-
-def on_ranks(world, work):
-    """[work(dist)] of all ranks; exceptions are returned, not raised."""
-    barrier, slots, out = threading.Barrier(world, timeout=20), [None] * world, [None] * world
-
-    def run(rank):
-        try:
-            out[rank] = work(ThreadRank(rank, world, barrier, slots))
-        except PgolfError as err:
-            out[rank] = err
-
-    threads = [threading.Thread(target=run, args=(r,)) for r in range(world)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
-    return out
+        check(evaluate(SlidingWindows(8, 3), TOY, stream, byte_counts, Dist()), expected)
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
@@ -166,7 +140,7 @@ def on_ranks(world, work):
 def test_any_number_of_ranks_gives_the_sums_of_one(world, n):
     tokens = tokens_of(n)
     expected = brute_force(tokens, 16, 5)
-    results = on_ranks(world, lambda d: evaluate(SlidingWindows(16, 5, 64), nll_fn, tokens, byte_counts, d))
+    results = on_ranks(world, lambda d: evaluate(SlidingWindows(16, 5, 64), TOY, tokens, byte_counts, d))
     for result in results:
         check(result, expected)
     assert len({(r.val_loss, r.val_bpb) for r in results}) == 1
@@ -198,7 +172,7 @@ def test_wrong_coverage_is_caught_on_every_rank(defect, world):
     def work(dist):
         evaluator = Broken(DEFECTS[defect])
         evaluator.seq_len = 16
-        return evaluate(evaluator, nll_fn, tokens_of(40), byte_counts, dist)
+        return evaluate(evaluator, TOY, tokens_of(40), byte_counts, dist)
 
     errors = on_ranks(world, work)
     assert all(isinstance(e, CoverageError) and "exactly once" in str(e) for e in errors)
@@ -210,18 +184,19 @@ def test_scores_come_before_adaptation():
     class Learner(PlainWindows):
         learned, log = 0, []
 
-        def score(self, batch, nll_fn):
+        def score(self, batch, neural):
             self.log.append(("score", batch.spans[0].start))
             assert not torch.is_grad_enabled()
-            return super().score(batch, nll_fn) + self.learned
+            return super().score(batch, neural) + self.learned
 
-        def adapt(self, batch):
+        def adapt(self, batch, neural):
             self.log.append(("adapt", batch.spans[0].start))
             assert torch.is_grad_enabled()
             self.learned += 1
+            return batch.intervals
 
     tokens, learner = tokens_of(40), Learner(8, batch_tokens=8)
-    result = evaluate(learner, nll_fn, tokens, byte_counts, Dist())
+    result = evaluate(learner, TOY, tokens, byte_counts, Dist())
     assert learner.log == [(what, start) for start in range(0, 40, 8) for what in ("score", "adapt")]
     nats, n, _ = brute_force(tokens, 8, 8)
     assert result.val_loss == pytest.approx((nats + 8 * (0 + 1 + 2 + 3 + 4)) / n, rel=1e-6)
@@ -232,7 +207,7 @@ def test_a_future_token_cannot_change_a_score_that_is_past():
     changed = tokens.copy()
     changed[41:] = (changed[41:] + 1) % 97  # targets 40 and later
     for evaluator in (SlidingWindows(16, 4), PlainWindows(16)):
-        a, b = (evaluate(evaluator, nll_fn, t, byte_counts, Dist(), limit_tokens=40) for t in (tokens, changed))
+        a, b = (evaluate(evaluator, TOY, t, byte_counts, Dist(), limit_tokens=40) for t in (tokens, changed))
         assert (a.val_loss, a.val_bpb) == (b.val_loss, b.val_bpb)
 
 
@@ -242,7 +217,6 @@ def test_bad_requests_are_errors():
     with pytest.raises(ConfigError):
         SlidingWindows(8, 0)
     with pytest.raises(DataError, match="at least 2 tokens"):
-        evaluate(PlainWindows(8), nll_fn, tokens_of(0), byte_counts, Dist())
+        evaluate(PlainWindows(8), TOY, tokens_of(0), byte_counts, Dist())
     with pytest.raises(NumericalError):
-        evaluate(PlainWindows(8), lambda i, t: i / torch.zeros(1), tokens_of(9), byte_counts, Dist())
-    assert set(EVALUATORS) == {"plain", "sliding"} and issubclass(EVALUATORS["plain"], Evaluator)
+        evaluate(PlainWindows(8), ToyNeural(lambda i, t: i / torch.zeros(1)), tokens_of(9), byte_counts, Dist())
