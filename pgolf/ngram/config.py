@@ -1,7 +1,7 @@
 """Settings of n-gram scoring. No torch here (see pgolf/model/config.py).
 
 An order is the length of a context, without the target: order 8 is what tables of "n-grams, n = 2 to 9" call n = 9.
-A tuple that has one value an order may be shorter than the orders: its last value then holds for the rest.
+A tuple with one value an order may be shorter than the orders: its last value then holds for the rest.
 """
 
 from __future__ import annotations
@@ -58,10 +58,9 @@ class NgramConfig:
     def problems(self) -> list[str]:
         out = _order_problems("orders", self.orders) + _order_problems("hint_orders", self.hint_orders)
         out += self._name_problems() + self._range_problems()
-        for name in ("concentration", "discount", "strength", "multipliers"):
-            out += _tuple_problems(name, getattr(self, name), "orders", len(self.orders))
-        for name in ("hint_share", "hint_count"):
-            out += _tuple_problems(name, getattr(self, name), "hint_orders", len(self.hint_orders))
+        for name in ("concentration", "discount", "strength", "multipliers", "hint_share", "hint_count"):
+            if not getattr(self, name):
+                out.append(f"{name} is empty: it needs a value, or one for each order")
         if not out:
             pairs = zip(spread(self.discount, self.orders), spread(self.strength, self.orders), strict=True)
             if any(not 0 <= d < 1 for d in self.discount):
@@ -120,11 +119,6 @@ def _order_problems(name: str, orders: tuple[int, ...]) -> list[str]:
     if orders and list(orders) == sorted(set(orders)) and orders[0] >= 1 and orders[-1] <= MAX_ORDER:
         return []
     return [f"{name}={_text(orders)} must be ascending context lengths within 1 to {MAX_ORDER}"]
-
-
-def _tuple_problems(name: str, values: tuple, of: str, most: int) -> list[str]:
-    ok = 1 <= len(values) <= most
-    return [] if ok else [f"{name}={_text(values)} must have 1 to {most} values, at most one for each of {of}"]
 
 
 def _text(values: tuple) -> str:

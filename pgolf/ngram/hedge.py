@@ -7,9 +7,10 @@ about ln(K T / m) nats for each of m switches. Weights are updated after each ta
 also where counts wait for the end of a chunk. With entropy_bins each bin, a function of the prefix (the longest known
 context, the model's entropy), has weights of its own.
 
-As a scan: unnormalised, one step is the matrix M_t = ((1 - s) I + s / K 11^T) diag(p_t), so blocks of steps multiply in
-parallel, their starts follow one after the other, and a second pass gives the weights inside all blocks at once: about
-3 sqrt(T) tensor operations instead of T. With s = 0 weights are sums of nats, and it is one cumulative sum.
+As a scan: unnormalised, one step is the matrix M_t = ((1 - s) I + s / K 11^T) diag(p_t), so blocks of 1,024 steps
+multiply in parallel, their starts follow one after the other, and a second pass gives the weights inside all blocks at
+once: some thousand tensor operations and T / 1,024 small ones. Blocks do not depend on T, so rounding tells nothing of
+what comes later. With s = 0 weights are sums of nats, and it is one cumulative sum.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ EXPERTS: dict[str, type[Scorer]] = {
 }  # fmt: skip
 
 
+BLOCK = 1024
+
+
 def hedge_nats(nats: Tensor, share: float) -> Tensor:
     """nats: (K, T) fp64 of K experts, in the order of scoring -> (T,) of the mixture."""
     if share == 0 or nats.shape[0] == 1:
@@ -48,13 +52,13 @@ def hedge_nats(nats: Tensor, share: float) -> Tensor:
 
 def _scan(nats: Tensor, share: float) -> Tensor:
     k, t = nats.shape
-    size = max(math.isqrt(t), 1)
+    size = max(min(BLOCK, t), 1)
     blocks = -(-t // size)
     best = nats.min(0).values
     p = (best - nats).exp()  # relative to the best expert of the step: 1 at most, and one is 1
     p = torch.cat([p, p.new_ones((k, blocks * size - t))], 1).view(k, blocks, size).permute(2, 1, 0)  # step, block, K
     product = torch.eye(k, dtype=nats.dtype, device=nats.device).repeat(blocks, 1, 1)
-    for step in p:
+    for step in p if blocks > 1 else ():
         product = step[:, :, None] * product
         product = (1 - share) * product + share / k * product.sum(1, keepdim=True)
         product = product / product.amax((1, 2), keepdim=True)
