@@ -1,1 +1,1 @@
-"""Proves of a scorer, anybody's, that it is causal, normalised, scores before it learns, and passes once. docs/audit.md"""
+"""Tests whether a scorer, anybody's, is causal, normalised, scores before it learns, in one pass. docs/audit.md"""

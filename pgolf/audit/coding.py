@@ -1,7 +1,7 @@
 """Test 10: a file is made of the text with the scorer's probabilities, and the text is made of the file again.
 
-An integer arithmetic coder after Witten, Neal and Cleary ("Arithmetic coding for data compression", 1987) with a state
-of 62 bits and frequencies of 44. That a decoder exists is what a score in bits claims; the other tests are cheaper signs.
+An integer arithmetic coder after Witten, Neal and Cleary ("Arithmetic coding for data compression", 1987), with a state
+of 62 bits and frequencies of 44. That a decoder exists is what a score in bits claims; other tests are cheaper signs.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="pgolf audit",
         description="Whether a scorer's numbers are code lengths: normalised, causal, scored before learned from, in "
         "one pass. docs/audit.md says what each test does and what none can show.",
-        epilog=f"Exit code 0 when all tests pass, {AuditError.exit_code} when one fails, 2 when there is no such scorer.",
+        epilog=f"Exit code 0 when all tests pass, {AuditError.exit_code} when one fails, 2 without such a scorer.",
     )
     parser.add_argument(
         "what", metavar="NAME | module:object | file.py:object | controls",
@@ -80,7 +80,7 @@ def _sizes(args: argparse.Namespace) -> Sizes:
     """The sizes that the flags ask for."""
     out = Sizes.full(args.seed) if args.full else Sizes(args.seed)
     if args.quick:
-        out = replace(out, length=128, positions=2, substitutions=64, tails=1, noise_tokens=2048, round_trip=48)
+        out = replace(out, length=128, positions=3, substitutions=64, noise_tokens=2048, round_trip=48)
     if args.noise_tokens is not None:
         if args.noise_tokens < 2:
             raise ConfigError(f"--noise-tokens {args.noise_tokens}: expected at least 2")
@@ -146,7 +146,7 @@ def lines(name: str, result: Result) -> Iterable[str]:
 
 
 def examine_controls(sizes: Sizes, path: Path | None) -> int:
-    """Every control through every test: which flag it, and which must. And the valid examples, which none may flag."""
+    """Every control through every test: which flag it, which must. And the valid examples, which none may flag."""
     report: dict[str, Any] = {"seed": sizes.seed, "controls": {}, "valid": {}}
     for name, control in CONTROLS.items():
         results = suite.run_tests(control.make(suite.CONTROL_VOCAB), sizes)

@@ -32,7 +32,8 @@ class Control(NamedTuple):
 
 
 def _log(p: np.ndarray | Tensor) -> Tensor:
-    return -torch.log(torch.as_tensor(p, dtype=torch.float64).clamp(min=1e-12))
+    """-ln p. By numpy: torch wakes its threads for a logarithm, which on a busy machine takes longer than all else."""
+    return torch.from_numpy(-np.log(np.maximum(np.asarray(p, dtype=np.float64), 1e-12)))
 
 
 class _OfVectors:
@@ -68,8 +69,8 @@ class _OfVectors:
 
 
 class LegacyHashed:
-    """The hashed n-gram scorer of records #659 and #702 over a uniform base: kernels/_ngram_legacy.py's tables, back-off
-    to the longest context seen twice, weights by the entropy of the base. docs/why_hashed_scores_are_no_code_lengths.md"""
+    """The hashed n-gram scorer of #659 and #702 over a uniform base: kernels/_ngram_legacy.py's tables, back-off to the
+    longest context seen twice, weights by the base's entropy. See docs/why_hashed_scores_are_no_code_lengths.md"""
 
     MULTIPLIERS = (0.3, 0.3, 0.97, 2.0, 2.0, 2.0, 2.0, 2.0)  # of orders 2 to 9
 
@@ -91,7 +92,7 @@ class LegacyHashed:
         return _log(self._mix(*legacy_lookup(self.tables, tokens, start + 1, end + 1)))
 
     def hashed(self, contexts: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-        """(8, n) counts -> (n,) min(F, C) / C of the longest order with C >= 2, and its weight; 0 where there is none."""
+        """(8, n) counts -> (n,) min(F, C) / C of the longest order with C >= 2, and its weight; 0 without one."""
         q = torch.minimum(pairs, contexts).double() / contexts.clamp(min=1)
         longest = torch.where(contexts >= 2, torch.arange(1, len(ORDERS) + 1)[:, None], 0).amax(0)
         at = (longest - 1).clamp(min=0)
@@ -156,7 +157,7 @@ class ByteSpreading(_OfVectors):
 
 
 class TargetBackoff(_OfVectors):
-    """Backs off to the base where *the target* was not seen after the context, without taking the mass from anywhere."""
+    """Backs off to the base where *the target* was not seen after the context; no other token pays for it."""
 
     def claims(self, before: np.ndarray) -> np.ndarray:
         counts = self.counts.counts[before]
@@ -345,7 +346,7 @@ class ReadsTrainingData(Uniform):
 
 
 class _Undecodable(Uniform):
-    """Claims a probability of 1/2 for everything, and has a proper distribution to show."""
+    """Claims one bit for every token, and has a proper distribution to show."""
 
     def nats(self, tokens: Tensor) -> Tensor:
         return super().nats(tokens) / math.log2(self.vocab_size)
@@ -360,37 +361,22 @@ def legacy(vocab_size: int, buckets: int = 128, block: int = 64) -> BlockScorer:
     return BlockScorer(LegacyHashed(vocab_size, buckets), vocab_size, block, f"hashed legacy, {buckets} buckets")
 
 
+SUM, VECTOR, CODED = "substitution", "vector", "round_trip"
 CONTROLS = {
-    "hashed_legacy": Control(
-        legacy, ("substitution", "vector", "noise"), "pairs and contexts collide independently"
-    ),
-    "oracle_min": Control(
-        _blocks(OracleMin, "oracle-min gating"), ("substitution", "vector", "round_trip"), "the better model by hindsight"
-    ),
-    "class_gate": Control(
-        _blocks(ClassGate, "target-class gate"), ("substitution", "class_flip", "future"), "a gate that knows the target"
-    ),
-    "update_before_score": Control(
-        UpdateBeforeScore, ("substitution", "future", "ledger"), "it has learned what it scores"
-    ),
+    "hashed_legacy": Control(legacy, (SUM, VECTOR, "noise"), "pairs and contexts collide independently"),
+    "oracle_min": Control(_blocks(OracleMin, "oracle-min gating"), (SUM, VECTOR, CODED), "the better by hindsight"),
+    "class_gate": Control(_blocks(ClassGate, "target-class gate"), (SUM, "class_flip", "future"), "it knows the class"),
+    "update_before_score": Control(UpdateBeforeScore, (SUM, "future", "ledger"), "it has learned what it scores"),
     "two_pass": Control(TwoPass, ("future", "prefix", "ledger"), "it has learned everything it scores"),
-    "entropy_expert": Control(
-        _blocks(EntropyExpert, "entropy expert"), ("substitution", "vector", "noise"), "e^-H is no distribution"
-    ),
-    "byte_spreading": Control(
-        _blocks(ByteSpreading, "uniform byte spreading"), ("substitution", "vector", "noise"), "p^(1/n) a byte is none"
-    ),
-    "target_backoff": Control(
-        _blocks(TargetBackoff, "target-dependent back-off"), ("substitution", "vector"), "unseen targets get mass twice"
-    ),
-    "tilt_without_normaliser": Control(
-        _blocks(TiltWithoutNormaliser, "tilt without its normaliser"), ("substitution", "vector"), "Z is left out"
-    ),
+    "entropy_expert": Control(_blocks(EntropyExpert, "entropy expert"), (SUM, VECTOR, "noise"), "e^-H for all tokens"),
+    "byte_spreading": Control(_blocks(ByteSpreading, "byte spreading"), (SUM, VECTOR, "noise"), "p^(1/n) a byte"),
+    "target_backoff": Control(_blocks(TargetBackoff, "back-off by the target"), (SUM, VECTOR), "mass is given twice"),
+    "tilt_without_normaliser": Control(_blocks(TiltWithoutNormaliser, "tilt without Z"), (SUM, VECTOR), "no Z"),
     "rank_local": Control(RankLocal, ("ranks",), "its score depends on the number of ranks"),
     "mixed_orders": Control(MixedOrders, ("prefix", "ledger"), "parts follow different orders"),
     "document_length": Control(DocumentLength, ("future", "prefix"), "the length of a document is its future"),
     "dirty_warm_up": Control(_blocks(DirtyWarmUp, "a warm-up that stays"), ("warm_up",), "it enters evaluation taught"),
     "not_neutral": Control(NotNeutral, ("neutral",), "weight 0 changes scores"),
     "reads_training_data": Control(ReadsTrainingData, ("isolation",), "training data at evaluation"),
-    "undecodable": Control(_Undecodable, ("substitution", "noise", "round_trip"), "nats are not of its distribution"),
-}  # fmt: skip
+    "undecodable": Control(_Undecodable, (SUM, "noise", CODED), "nats are not of its distribution"),
+}

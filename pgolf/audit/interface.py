@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -121,7 +122,7 @@ class BlockScorer:
     def shares(self, start: int, end: int) -> Sequence[tuple[int, int]]:
         """Contiguous parts of a block, one a rank; some may be empty."""
         cut = [start + (end - start) * r // self.world_size for r in range(self.world_size + 1)]
-        return list(zip(cut, cut[1:], strict=False))
+        return list(pairwise(cut))
 
     def nats(self, tokens: Tensor) -> Tensor:
         """Scores the stream from a fresh state."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from pgolf.audit import streams
 from pgolf.audit.interface import BOS, Scorer, distribution_of, nats_of, offers
 from pgolf.audit.result import Result, Sizes, judged, skipped
@@ -69,20 +67,17 @@ def noise(scorer: Scorer, sizes: Sizes) -> Result:
     vocab = min(sizes.noise_vocab or scorer.vocab_size, scorer.vocab_size)
     uniform = streams.noise(vocab, sizes.noise_tokens, sizes.seed)
     mixed = streams.shuffled(streams.text(scorer.vocab_size, sizes.noise_tokens, sizes), sizes.seed)
-    found = {}
+    values, gains = {}, {}
     for name, stream, bound in (
         ("noise", uniform, (uniform.numel() - 1) * math.log2(vocab)),
         ("shuffled text", mixed, streams.shuffle_bits(mixed)),
     ):
         bits = nats_of(scorer, stream) / math.log(2)
-        found[name] = (bound - float(bits.sum()), float(bits.mean()), bound / bits.numel(), bits)
-    worst = max(found, key=lambda name: found[name][0] if found[name][0] == found[name][0] else math.inf)
-    gain, mean, bound, _ = found[worst]
-    last = found["noise"][3][-max(1, sizes.noise_tokens // 16) :]
-    detail = f"{worst}: {mean:.4f} bits a token, no code needs less than {bound:.4f}"
-    if not torch.isfinite(found[worst][3]).all():
-        detail = f"{worst}: a score is not finite"
-    return judged(
-        gain, 2 * (sizes.noise_tokens - 1), NOISE_BITS, detail, noise_bits=found["noise"][1], noise_floor=found["noise"][2],
-        noise_bits_last=float(last.mean()), shuffled_bits=found["shuffled text"][1], shuffled_floor=found["shuffled text"][2],
-    )  # fmt: skip
+        gains[name] = bound - float(bits.sum())
+        key, last = name.partition(" ")[0], bits[-max(1, sizes.noise_tokens // 60) :]
+        values |= {f"{key}_bits": float(bits.mean()), f"{key}_bits_last": float(last.mean())}
+        values[f"{key}_floor"] = bound / bits.numel()
+    worst = max(gains, key=lambda name: gains[name] if gains[name] == gains[name] else math.inf)
+    key = worst.partition(" ")[0]
+    detail = f"{worst}: {values[f'{key}_bits']:.4f} bits a token, no code needs less than {values[f'{key}_floor']:.4f}"
+    return judged(gains[worst], 2 * (sizes.noise_tokens - 1), NOISE_BITS, detail, **values)

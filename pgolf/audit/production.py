@@ -1,48 +1,37 @@
-"""pgolf's own scorers as objects under audit: evaluators by the production loop, n-gram scorers on top of one.
+"""The table of pgolf's own scorers: every evaluator and every n-gram scorer, over a toy model or an artifact's.
 
-The model is a toy with every main feature over 32 ids, so that an audit takes seconds; or an artifact's, with --model.
-What runs is `pgolf.eval.base.evaluate` itself, on the windows and ranks that it has in a run, scaled.
+The toy has every main feature and few ids, so that an audit takes seconds. Its weights are random, and its windows
+short, so that streams of the audit's length have many.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pgolf import presets, tree
 from pgolf.artifact.model_io import load_model
-from pgolf.audit.ranks import on_ranks
+from pgolf.audit.evaluators import EvaluatorScorer, Source, WithNeutral
+from pgolf.audit.ngrams import NgramScorer
 from pgolf.errors import ConfigError
-from pgolf.eval.base import Evaluator, EvalResult, evaluate
 from pgolf.eval.documents import DocumentWindows
-from pgolf.eval.ledger import Ledger
-from pgolf.eval.neural import Neural, Temperature
-from pgolf.eval.stats import Collector, TokenStats
+from pgolf.eval.neural import Temperature
 from pgolf.eval.windowed import PlainWindows, SlidingWindows
 from pgolf.model.gpt import GPT
+from pgolf.ngram.config import NgramConfig
+from pgolf.ngram.scorers import SCORERS
 
 TOY_VOCAB, TOY_LENGTH = 32, 32
 TOY_GAIN = 40.0  # on the tied embedding: an untrained model is nearly uniform, which would hide what adds up wrongly
-
-
-@dataclass(frozen=True)
-class Source:
-    """The neural part under audit: a model, what names it, and the length of its windows."""
-
-    model: GPT
-    name: str
-    seq_len: int
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.cfg.embed.vocab_size
+# Phrases of the synthetic text have 3 to 11 tokens: contexts that the challenge's orders of 8 to 16 would never find.
+# Rows of 2^4 for hundreds of contexts, so that contexts do share rows.
+TOY_NGRAMS = {"orders": (1, 2, 3, 4), "hint_orders": (2, 3, 4), "hint_count": (2,), "row_bits": 4}
 
 
 def toy(seed: int = 0) -> Source:
@@ -51,7 +40,7 @@ def toy(seed: int = 0) -> Source:
     model = GPT(cfg, train_length=TOY_LENGTH).init_weights(seed).eval()
     with torch.no_grad():
         model.embed.weight.mul_(TOY_GAIN)
-    return Source(model, "toy", TOY_LENGTH)
+    return Source(model, "toy", TOY_LENGTH, is_toy=True)
 
 
 def from_artifact(path: Path) -> Source:
@@ -59,120 +48,39 @@ def from_artifact(path: Path) -> Source:
     try:
         data = path.read_bytes()
     except OSError as err:
-        raise ConfigError(
-            f"--model {path}: {err.strerror}; expected an artifact, final_model.*.pgolf of a run"
-        ) from err
+        raise ConfigError(f"--model {path}: {err.strerror}; expected the .pgolf artifact of a run") from err
     model = load_model(data, device="cuda" if torch.cuda.is_available() else "cpu")
     return Source(model, f"{path.name} {hashlib.sha256(data).hexdigest()[:16]}", model.train_length)
 
 
-class EvaluatorScorer:
-    """An evaluator over a model, on n ranks, as `evaluate` runs it.
-
-    make: a fresh evaluator. with_probs: nats out of whole distributions, as n-gram scorers have them; else the fused
-    cross-entropy.
-    """
-
-    def __init__(
-        self, source: Source, make: Callable[[], Evaluator], temperature: Temperature | None = None,
-        world_size: int = 1, with_probs: bool = False,
-    ):  # fmt: skip
-        self.source, self.make, self.temperature = source, make, temperature
-        self.world_size, self.with_probs = world_size, with_probs
-        self.vocab_size = source.vocab_size
-        self.name = f"{make().name} over {source.name}"
-        told = f"{self.name} {temperature}"
-        self.config_digest = hashlib.sha256(told.encode()).hexdigest()
-
-    def run(self, tokens: Tensor, reader: Callable[[], Any] | None = None) -> tuple[EvalResult, list[Any], TokenStats]:
-        """Scores the stream on all ranks: (result, the ranks' readers, merged statistics). reader: makes one a rank."""
-        make_reader = reader or (lambda: Collector(tokens.numel() - 1, entropy=self.with_probs))
-
-        def work(dist):
-            model = self.source.model if dist.world_size == 1 else copy.deepcopy(self.source.model)
-            evaluator, own = self.make(), make_reader()
-            neural = Neural(model, self.temperature)
-            ones = lambda ids, targets: torch.ones_like(targets)
-            result = evaluate(evaluator, neural, tokens, ones, dist, readers=[own])
-            stats = own.merged(dist, evaluator.order, self.name) if isinstance(own, Collector) else None
-            return result, own, stats
-
-        found = on_ranks(self.world_size, work)
-        return found[0][0], [own for _, own, _ in found], found[0][2]
-
-    def nats(self, tokens: Tensor) -> Tensor:
-        return self.run(tokens)[2].nats.double()
-
-    def distribution(self, tokens: Tensor) -> Tensor:
-        """By the same loop, which scores one token more: id 0 stands where the next token will be."""
-        last = _Last(tokens.numel() - 1)
-        alone = EvaluatorScorer(self.source, self.make, self.temperature)
-        alone.run(torch.cat([tokens, tokens.new_zeros(1)]), lambda: last)
-        return last.log_probs.double().exp()
-
-    def ledger(self, tokens: Tensor) -> Ledger:
-        return self.run(tokens)[0].ledger
-
-    def ranks(self, n: int) -> EvaluatorScorer:
-        return EvaluatorScorer(self.source, self.make, self.temperature, n, self.with_probs)
-
-    def warm_up(self) -> None:
-        """As a run does before the clock: the same shapes, on ids from a generator."""
-        gen = torch.Generator().manual_seed(1)
-        self.run(torch.randint(0, self.vocab_size, (4 * self.source.seq_len + 1,), generator=gen))
-
-    def state_digest(self) -> str:
-        digest = hashlib.sha256()
-        for name, value in sorted(self.source.model.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-
-class _Last:
-    """A reader that keeps the whole distribution of one target."""
-
-    needs_probs = True
-
-    def __init__(self, target: int):
-        self.target, self.log_probs = target, torch.empty(0)
-
-    def put(self, targets: Tensor, nats: Tensor, log_probs: Tensor | None = None) -> None:
-        at = (targets == self.target).nonzero()[:, 0]
-        if at.numel():
-            self.log_probs = log_probs[at[0].to(log_probs.device)].cpu()
-
-    def state(self) -> dict:
-        return {}
-
-    def load_state(self, state: dict) -> None:
-        pass
-
-
-class WithNeutral(EvaluatorScorer):
-    """Sliding windows whose stride is their length are plain windows; a temperature of 1 is none."""
-
-    def neutral(self) -> tuple[EvaluatorScorer, EvaluatorScorer]:
-        length = self.source.seq_len
-        quiet = EvaluatorScorer(self.source, lambda: SlidingWindows(length, length), Temperature(1.0))
-        return quiet, EvaluatorScorer(self.source, lambda: PlainWindows(length))
+# -- evaluators --------------------------------------------------------------------------------------------------------
 
 
 def plain(source: Source) -> EvaluatorScorer:
-    return EvaluatorScorer(source, lambda: PlainWindows(source.seq_len, 4 * source.seq_len))
+    return EvaluatorScorer(source, partial(PlainWindows, source.seq_len, 4 * source.seq_len))
 
 
 def sliding(source: Source) -> EvaluatorScorer:
     stride = max(source.seq_len // 4, 1)
-    return WithNeutral(source, lambda: SlidingWindows(source.seq_len, stride, 4 * source.seq_len))
+    return WithNeutral(source, partial(SlidingWindows, source.seq_len, stride, 4 * source.seq_len))
 
 
 def documents(source: Source) -> EvaluatorScorer:
-    return EvaluatorScorer(source, lambda: DocumentWindows(source.seq_len, 0, 4 * source.seq_len))
+    return EvaluatorScorer(source, partial(DocumentWindows, source.seq_len, 0, 4 * source.seq_len))
 
 
 def tempered(source: Source) -> EvaluatorScorer:
-    hot = Temperature(0.9, adaptive=True)
-    return WithNeutral(source, lambda: PlainWindows(source.seq_len, 4 * source.seq_len), hot)
+    windows = partial(PlainWindows, source.seq_len, 4 * source.seq_len)
+    return WithNeutral(source, windows, Temperature(0.9, adaptive=True))
+
+
+# -- n-gram scorers ----------------------------------------------------------------------------------------------------
+
+
+def ngram(name: str, source: Source) -> NgramScorer:
+    """An n-gram scorer with its defaults, over plain windows; with settings to size over the toy."""
+    cfg = NgramConfig(scorer=name)
+    return NgramScorer(plain(source), replace(cfg, **TOY_NGRAMS) if source.is_toy else cfg)
 
 
 PRODUCTION: dict[str, Callable[[Source], Any]] = {
@@ -180,4 +88,4 @@ PRODUCTION: dict[str, Callable[[Source], Any]] = {
     "sliding": sliding,
     "documents": documents,
     "temperature": tempered,
-}
+} | {name: partial(ngram, name) for name in SCORERS if name != "neural"}

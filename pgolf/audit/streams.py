@@ -1,4 +1,4 @@
-"""Streams that tests score: text with repetitions and documents, noise, shuffles, other futures. All int64, from seeds."""
+"""Streams that tests score, from seeds: text with repetitions and documents, noise, shuffles, other futures."""
 
 from __future__ import annotations
 
