@@ -24,7 +24,7 @@ LAYERS = [
     {"train"},
     {"run"},
     {"cli", "lab"},
-    {"doctor", "rescore", "size"},
+    {"audit", "doctor", "rescore", "size"},
     {"submit", "dataset"},
     {"__main__"},
 ]
