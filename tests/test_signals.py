@@ -93,6 +93,7 @@ def test_a_process_that_leaves_ignores_further_signals():
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.alone
 def test_a_forked_child_is_on_its_own():
     with catching(speak=False) as stop:
         child = os.fork()
@@ -131,6 +132,7 @@ with catching():
 """
 
 
+@pytest.mark.alone
 def test_second_ctrl_c_ends_a_process_that_is_stuck_outside_python():
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK.format(root=str(ROOT))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -265,6 +267,7 @@ def until(process, text):
     raise AssertionError(f"{text!r} did not come")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_process_ends_with_143_of_sigterm_and_130_of_two_interrupts(tmp_path):
     """The second interrupt comes while the first one's checkpoint is being written."""

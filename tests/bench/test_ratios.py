@@ -64,6 +64,7 @@ def test_one_bad_try_is_forgiven(clock):
     assert ratio.value == pytest.approx(0.5)
 
 
+@pytest.mark.alone
 def test_slow_candidate_fails_in_real_time():
     work = lambda n: lambda: sum(range(n))
     with pytest.raises(AssertionError, match="at most 1"):
@@ -219,6 +220,7 @@ def test_disabled_checks_and_does_not_time():
         gate(benchmark, ("a", lambda: 6), ("b", lambda: None), at_most=0, check=check_is_seven)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_benchmark_command(root, tmp_path):
     """Saves, and compares with what it saved."""

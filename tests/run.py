@@ -1,0 +1,30 @@
+"""All tests in about half the time of one `pytest`: most of them side by side, then those that need the machine alone.
+
+    python tests/run.py [pytest's options]        e.g. --durations=15, -k loader, -n 8
+
+Two calls of pytest, because a test that is marked `alone` must not have another one beside it. Exit code: pytest's of
+the first call that failed, 0 if both passed.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+# What stands before and behind the options; of two values pytest takes the last one
+CALLS = ((("-n", "2"), ("-m", "not alone")), ((), ("-m", "alone", "-n", "0")))
+NOTHING = 5  # pytest's exit code where no test was selected, as -k may have it in one of the calls
+
+
+def main(options: list[str]) -> int:
+    root = Path(__file__).resolve().parent.parent
+    codes = []
+    for before, behind in CALLS:
+        command = [sys.executable, "-m", "pytest", *before, *options, *behind]
+        print("$", *command, flush=True)
+        codes.append(subprocess.run(command, cwd=root).returncode)
+    failed = [code for code in codes if code not in (0, NOTHING)]
+    return failed[0] if failed else min(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
