@@ -77,6 +77,11 @@ def test_sides_take_turns(clock):
     assert "".join(clock.order) == "aab" + "abbaabba"  # the result to check, the samples' sizes, four rounds
 
 
+def test_calls_longer_than_the_gate_s_time_are_one_round(clock):
+    measure("x", clock.takes("a", 1.0), clock.takes("b", 0.1), at_most=99, seconds=1.0, clock=clock)
+    assert "".join(clock.order) == "aab" + "ab"
+
+
 def test_short_calls_share_a_sample(clock):
     measure("x", clock.takes("a", 1e-5), clock.takes("b", 1e-4), at_most=1, clock=clock)
     last = "".join(clock.order)[-2 * 110 :]
