@@ -14,7 +14,8 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
+# Taken away, so that a pytest that a test starts does not believe to be a worker of this one
+BESIDE_OTHERS = os.environ.pop("PYTEST_XDIST_WORKER", None) is not None
 torch.set_num_threads(1 if BESIDE_OTHERS else 2)
 if BESIDE_OTHERS:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start

@@ -10,8 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-# What stands before and behind the options; of two values pytest takes the last one
-CALLS = ((("-n", "2"), ("-m", "not alone")), ((), ("-m", "alone", "-n", "0")))
+# What stands before and behind the options; of two values pytest takes the last one. A file's tests stay together, so
+# that what they share is made once
+CALLS = ((("-n", "2", "--dist", "loadfile"), ("-m", "not alone")), ((), ("-m", "alone", "-n", "0")))
 NOTHING = 5  # pytest's exit code where no test was selected, as -k may have it in one of the calls
 
 

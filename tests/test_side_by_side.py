@@ -25,7 +25,7 @@ def test_both_calls_have_the_options_and_the_second_one_no_workers(calls):
     calls(0, 0)
     assert tests_run.main(["-k", "x", "-n", "8"]) == 0
     side_by_side, alone = (" ".join(command) for command in calls.made)
-    assert side_by_side == "-n 2 -k x -n 8 -m not alone" and alone == "-k x -n 8 -m alone -n 0"
+    assert side_by_side == "-n 2 --dist loadfile -k x -n 8 -m not alone" and alone == "-k x -n 8 -m alone -n 0"
 
 
 @pytest.mark.parametrize(
