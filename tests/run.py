@@ -3,10 +3,10 @@
     python tests/run.py [pytest's options]        e.g. --durations=15, -k loader, -n 8
 
 Two calls of pytest, because a test that is marked `alone` must not have another one beside it. That mark belongs on a
-test that holds a wall-clock time from above (an answer within 1 s, a ratio of two times, a measured rate), whose outcome
-depends on how far something gets in a given time, or whose processes must meet within seconds. Limits that only end a
-hang (20 s and more for a second of work) and CPU times need no mark. A test's name must be the same in every process: no
-addresses, and no sets in the order of their hashes.
+test that holds a wall-clock time from above (an answer within 1 s, a ratio of two times, a measured rate), whose
+outcome depends on how far something gets in a given time, or whose processes must meet within seconds. Limits that
+only end a hang (20 s and more for a second of work) and CPU times need no mark. A test's name must be the same in
+every process: no addresses, and no sets in the order of their hashes.
 
 Exit code: pytest's of the first call that failed, 0 if both passed.
 """
