@@ -94,6 +94,7 @@ def test_a_process_that_leaves_ignores_further_signals():
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.alone
 def test_a_forked_child_is_on_its_own():
     with catching(speak=False) as stop:
         child = os.fork()
@@ -132,6 +133,7 @@ with catching():
 """
 
 
+@pytest.mark.alone
 def test_second_ctrl_c_ends_a_process_that_is_stuck_outside_python():
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK.format(root=str(ROOT))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -266,6 +268,7 @@ def until(process, text):
     raise AssertionError(f"{text!r} did not come")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_process_ends_with_143_of_sigterm_and_130_of_two_interrupts(tmp_path):
     """The second interrupt comes while the first one's checkpoint is being written."""
