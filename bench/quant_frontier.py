@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pgolf import checkpoint, config, finish, resume, tree
+from pgolf import checkpoint, config, finish, resume, scoring, tree
 from pgolf.artifact.codecs import CODECS
 from pgolf.artifact.pack import pack
 from pgolf.calibrate import Calibration
@@ -100,7 +100,7 @@ class Bench:
         trainer = self.trainer
         model = trainer.model if records is None else eggroll.exported(trainer.model, records)
         model.eval()
-        windows, data = finish.plain_windows(trainer.cfg), trainer.data
+        windows, data = scoring.plain_windows(trainer.cfg), trainer.data
         return evaluate(
             windows, Neural(model), data.val, data.byte_counts, trainer.dist, val_bytes=data.val_bytes,
             limit_tokens=self.targets,

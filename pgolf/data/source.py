@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ class Data:
     tokenizer_sha256: str
     lines: list[str]
     val_bytes: Tensor | None = None
+
+    def val_sha256(self) -> str:
+        """Of the val split's tokens: what an evaluation was of."""
+        return hashlib.sha256(self.val.numpy()).hexdigest()
 
 
 @dataclass(frozen=True)

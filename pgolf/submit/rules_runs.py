@@ -212,6 +212,8 @@ def _texts(f: Folder) -> list[str]:
 
 def order(f: Folder) -> Finding:
     adapting = [log.name for log in f.logs if re.search(r"\bttt\b|\blegal_ttt|phase:adapt|test-time", log.text, re.I)]
+    if adapting and f.audit and f.audit.get("passed") is True and f.audit_status("ledger") == "passed":
+        return ok(f"{adapting[0]} adapts during evaluation; the audit's ledger has scores first")
     if adapting:
         return skip(f"{adapting[0]} adapts during evaluation; that scores come first does not show in a log")
     return ok("evaluation without adaptation") if f.logs else skip(NO_LOGS)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -57,6 +58,14 @@ def over_in_a_log(folder):
     edit_json(seed_results__2__artifact_bytes=total)(folder)
 
 
+def audited(folder, **status):
+    """A report that claims to be of the folder's script."""
+    digest = json.loads((folder / "train_gpt_manifest.json").read_text())["sha256"]
+    tests = dict.fromkeys(("substitution", "future", "noise", "prefix", "controls", "ledger"), "passed") | status
+    told = {"passed": True, "code_sha256": digest, "scorer": "toy"}
+    return json.dumps(told | {"tests": {name: {"status": s} for name, s in tests.items()}})
+
+
 BROKEN = {
     # files
     "no README": (remove("README.md"), "PG201", 9),
@@ -101,6 +110,11 @@ BROKEN = {
     "a comparison without its scores": (edit_json(comparison__baseline_val_bpb=None), "PG191", 9),
     "too good to be true": (edit_json(comparison__baseline_val_bpb=lambda v: [x + 0.1 for x in v]), "PG211", 9),
     "an audit that failed": (write("audit.json", '{"passed": false}'), "PG121", 9),
+    "an audit that says passed of a failed test": (
+        lambda f: write("audit.json", audited(f, noise="failed"))(f), "PG121", 9),
+    "an audit without noise behind a jump": (
+        both(edit_json(comparison__baseline_val_bpb=lambda v: [x + 0.1 for x in v]),
+             lambda f: write("audit.json", audited(f, noise="skipped"))(f)), "PG211", 9),
     "an audit of other code": (write("audit.json", '{"passed": true, "code_sha256": "00"}'), "PG121", 9),
     # bytes
     "over the limit in a log": (over_in_a_log, "PG011", 5),
@@ -175,6 +189,19 @@ def test_there_are_enough_and_every_rule_that_can_fail_does():
         "PG141",
         "PG205",
     }
+
+
+def test_what_an_audit_settles(good, tmp_path):
+    """A whole report is ok, one that leaves out what every scorer can be put to warns; a ledger settles the order."""
+    results = {}
+    for name, status in (("whole", {}), ("part", {"noise": "skipped"})):
+        folder = shutil.copytree(good, tmp_path / name)
+        (folder / "audit.json").write_text(audited(folder, **status))
+        log = folder / "train_seed1.log"
+        log.write_text("legal_ttt: chunk 1\n" + log.read_text())
+        results[name] = {r.id: r.status for r in check.examine(open_folder(folder))}
+    assert results["whole"]["PG121"] == "ok" and results["part"]["PG121"] == "warn"
+    assert results["whole"]["PG131"] == "ok"
 
 
 def test_the_page_has_every_rule_and_no_other(root):
