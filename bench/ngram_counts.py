@@ -135,8 +135,8 @@ def page(found: dict) -> str:
 
 Written by `python -m bench.ngram_counts`; numbers in ngram_counts.json.
 
-Command `{found["command"].strip()}`, {found["threads"]} threads. Machine: {machine}. One run each. CPU seconds are those of the
-process, all threads together: on a machine with other work they are the number to compare.
+Command `{found["command"].strip()}`, {found["threads"]} threads. Machine: {machine}. One run each. CPU seconds are
+those of the process, all threads together: on a machine with other work they are the number to compare.
 
 ## Counts
 
@@ -145,9 +145,9 @@ process, all threads together: on a machine with other work they are the number 
 {table(["stream", "seconds", "CPU seconds", "million tokens x orders a second"], counts)}
 ## Scorers
 
-{found["scorers"][0]["targets"]:,} targets of a Zipf stream with {VOCAB:,} ids, default settings, without the model's own time.
-Counts are made when they are first asked for, in `prepare` or in `nats`. Vector scorers pay a row of {VOCAB:,} for each
-order and target.
+{found["scorers"][0]["targets"]:,} targets of a Zipf stream with {VOCAB:,} ids, default settings, without the model's
+own time. Counts are made when they are first asked for, in `prepare` or in `nats`. Vector scorers pay a row of
+{VOCAB:,} for each order and target.
 
 """
     heads = ["scorer", "prepare, s", "CPU s", "nats, s", "CPU s", "targets", "thousand targets a CPU second"]
