@@ -100,6 +100,7 @@ def scorer_row(name: str, device: torch.device) -> dict:
 
 
 def measure(n: int, device: torch.device) -> dict:
+    card = device_card(device)  # with the commit as it is now
     counts_of(STREAMS["uniform"](1000).to(device))  # kernels compile, pages come
     rows = []
     for name, make in STREAMS.items():
@@ -109,7 +110,7 @@ def measure(n: int, device: torch.device) -> dict:
         print(f"{name}: {wall:.2f} s, {cpu:.2f} of the CPU", file=sys.stderr, flush=True)
     scorers = [scorer_row(name, device) for name in SCORER_NAMES]
     command = "python -m bench.ngram_counts " + " ".join(sys.argv[1:])
-    what = {"schema": 1, "command": command, "card": device_card(device), "threads": torch.get_num_threads()}
+    what = {"schema": 1, "command": command, "card": card, "threads": torch.get_num_threads()}
     return what | {"tokens": n, "orders": list(ORDERS), "counts": rows, "scorers": scorers}
 
 

@@ -133,6 +133,7 @@ def train_tokens(bench: Bench, n: int) -> Tensor:
 
 
 def measure(run_dir: Path, targets: int, train_targets: int) -> dict:
+    card = device_card("cpu")  # with the commit as it is now
     with tempfile.TemporaryDirectory() as scratch:
         bench = load(run_dir, Path(scratch), targets)
         try:
@@ -145,7 +146,7 @@ def measure(run_dir: Path, targets: int, train_targets: int) -> dict:
             return {
                 "schema": 1,
                 "command": "python -m bench.ngram_scorers " + " ".join(sys.argv[1:]),
-                "card": device_card("cpu"), "targets": targets, "val_targets": len(trainer.data.val) - 1,
+                "card": card, "targets": targets, "val_targets": len(trainer.data.val) - 1,
                 "run": {"preset": trainer.cfg.preset, "seed": trainer.cfg.train.seed, "steps": trainer.step_number,
                         "train_seconds": trainer.clock.elapsed_ms / 1000, "data": trainer.data.name},
                 "rows": found,
