@@ -18,10 +18,8 @@ def test_noise(monkeypatch):
     assert f"{bits[record]:.3f}" in hashed_noise.page(found)
 
 
-def test_counts(monkeypatch):
-    monkeypatch.setattr(ngram_counts, "SCORED", 512)
-    monkeypatch.setattr(ngram_counts, "VECTORS", 8)
-    found = ngram_counts.measure(600, torch.device("cpu"))
+def test_counts():
+    found = ngram_counts.measure(600, 64, torch.device("cpu"))
     page = ngram_counts.page(found)
     assert len(found["scorers"]) == len(ngram_counts.SCORER_NAMES)
     assert all(r["nats_s"][0] > 0 for r in found["scorers"]) and "| one token |" in page
