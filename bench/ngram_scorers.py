@@ -38,13 +38,14 @@ from .report import table
 from .timing import device_card
 
 BASE = NgramConfig()
+DIRICHLET = replace(BASE, scorer="dirichlet")
 FIVE = "neural,dirichlet,pitman_yor,kneser_ney,calibrated_tilt"
 VARIANTS: dict[str, NgramConfig] = {
     **{name: replace(BASE, scorer=name) for name in SCORER_NAMES},
-    "dirichlet, across documents": replace(BASE, within_documents=False),
-    "dirichlet, chunks of 16,384": replace(BASE, chunk=16384),
-    "dirichlet, orders 4 and up": replace(BASE, orders=(4, 6, 8, 12, 16), concentration=(8.0, 4.0, 2.0, 1.0)),
-    "dirichlet, concentrations x 5": replace(BASE, concentration=tuple(5 * x for x in BASE.concentration)),
+    "dirichlet, across documents": replace(DIRICHLET, within_documents=False),
+    "dirichlet, chunks of 16,384": replace(DIRICHLET, chunk=16384),
+    "dirichlet, orders 4 and up": replace(DIRICHLET, orders=(4, 6, 8, 12, 16), concentration=(8.0, 4.0, 2.0, 1.0)),
+    "dirichlet, concentrations x 5": replace(DIRICHLET, concentration=tuple(5 * x for x in BASE.concentration)),
     "pitman_yor, discount 0.95": replace(BASE, scorer="pitman_yor", discount=(0.95,)),
     "tilt, order 15 alone (PR #2135)": replace(
         BASE, scorer="tilt", hint_orders=(15,), hint_share=(0.8,), hint_count=(1,), boost=2.625, boost_by_share=False
