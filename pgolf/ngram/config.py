@@ -97,9 +97,8 @@ class NgramConfig:
         if any(x < 0 for x in self.multipliers):
             out.append(f"multipliers={_text(self.multipliers)} must not be negative")
         if any(not 0 <= x <= 1 for x in self.hint_share) or any(x < 1 for x in self.hint_count):
-            out.append(
-                f"hint_share={_text(self.hint_share)} must be in [0, 1], hint_count={_text(self.hint_count)} >= 1"
-            )
+            shares, counts = _text(self.hint_share), _text(self.hint_count)
+            out.append(f"hint_share={shares} must be in [0, 1] and hint_count={counts} at least 1")
         out += [
             f"{n}={getattr(self, n)} must be positive" for n in ("prior_hits", "prior_misses") if getattr(self, n) <= 0
         ]

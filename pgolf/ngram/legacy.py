@@ -43,6 +43,7 @@ class LegacySettings:
     slope: float = 2.0
     multipliers: tuple[float, ...] = (0.3, 0.3, 0.97, 2.0, 2.0, 2.0, 2.0, 2.0)  # n = 2 .. 9
     floor: float = 1e-12
+    longest: int = 9  # n of the longest n-grams
 
 
 class LegacyHashed(Scorer):
@@ -76,6 +77,8 @@ class LegacyHashed(Scorer):
         s = self.settings
         q, alpha = torch.zeros_like(nats), torch.zeros_like(nats)
         for n, m, c, f in zip(ORDERS, s.multipliers, contexts, pairs, strict=True):
+            if n > s.longest:
+                break
             rise = torch.sigmoid(s.slope * (entropy - s.entropy + 0.25 * (n - 2)))
             weight = ((s.alpha_min + (s.alpha_max - s.alpha_min) * rise) * m).clamp(0, 0.95)
             known = c >= s.min_count
