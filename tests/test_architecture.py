@@ -12,6 +12,7 @@ LAYERS = [
     {"kernels"},
     {"model"},
     {"quant", "optim", "eval"},
+    {"ttt"},
     {"artifact"},
     {"schema", "not_yet"},
     {"aliases", "presets"},
