@@ -15,7 +15,7 @@ from pgolf.artifact.prune import prune
 from pgolf.errors import ArtifactError, ConfigError
 from pgolf.model.config import ModelConfig
 from pgolf.model.gpt import GPT
-from pgolf.model.roles import ParamInfo
+from pgolf.model.roles import ParamInfo, Role
 from pgolf.quant.config import QuantConfig
 from pgolf.quant.policy import quantize_state
 from pgolf.quant.records import Parts, dequantize
@@ -34,11 +34,12 @@ def save_model(
     code_bytes: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> bytes:
-    """Quantises and packs `model`'s parameters with what is needed to rebuild it.
+    """Quantises and packs `model`'s parameters with what is needed to rebuild it; adapters are no part of that.
 
     phase: entered with "quantise" while it does that, for a time ledger. given, diagonals: of `quantize_state`, as
     `pgolf.calibrate` found them. code_bytes: what else counts, for a pruning to a size. say: gets a line about that.
     """
+    infos = [i for i in infos if i.role is not Role.ADAPT_ONLY]
     with phase("quantise"):
         state = {i.name: i.param.detach().float().cpu() for i in infos}
         records = quantize_state(state, infos, cfg, given, diagonals)

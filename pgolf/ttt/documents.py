@@ -45,7 +45,9 @@ class DocumentTtt(Evaluator):
     ):
         super().__init__(seq_len, cfg.slots * seq_len, order)
         if cfg.widest_chunk > seq_len:
-            raise ConfigError(f"ttt.lora: a chunk of {cfg.widest_chunk} does not fit the window of {seq_len} (ttt.seq_len)")
+            raise ConfigError(
+                f"ttt.lora: a chunk of {cfg.widest_chunk} does not fit the window of {seq_len} (ttt.seq_len)"
+            )
         if cfg.length_chunks and order.documents is None:
             raise ConfigError("ttt.lora.length_chunks: in stream order a document's length is not known; see ttt.order")
         self.cfg, self.bos = cfg, bos

@@ -92,9 +92,7 @@ class Learner:
     own. A rank without sequences joins every step with zeros.
     """
 
-    def __init__(
-        self, model: GPT, cfg: SgdConfig, dist: Dist, rows: int, width: int, compiled: Compiled = lambda f: f
-    ):
+    def __init__(self, model: GPT, cfg: SgdConfig, dist: Dist, rows: int, width: int, compiled: Compiled = lambda f: f):
         self.model, self.cfg, self.dist = model, cfg, dist
         self.rows, self.width = max(1, min(rows, -(-cfg.step_rows // dist.world_size))), width
         infos = trained_params(model, cfg)

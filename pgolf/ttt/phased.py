@@ -25,8 +25,8 @@ class PhasedTtt(DocumentTtt):
     """Block i is the documents of phase i, the last block those behind the last phase.
 
     At a phase's end the slots have run empty; its documents, packed into rows of seq_len that keep them apart, are cut
-    into chunks, and SGD trains the base weights on all but the last chunk. Then adapters start anew. rows: of a batch of
-    that training on this rank.
+    into chunks, and SGD trains the base weights on all but the last chunk. Then adapters start anew. rows: of a batch
+    of that training on this rank.
     """
 
     learns_together = True

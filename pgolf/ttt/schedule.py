@@ -33,7 +33,7 @@ class Document(NamedTuple):
 
 
 def documents(tokens: Tensor, order: Order, cfg: LoraConfig, bos: int = BOS) -> list[Document]:
-    """The documents of (N,) tokens that have a target, in order. Raises ValueError if the order is of another stream."""
+    """The documents of (N,) tokens that have a target, in order. ValueError if the order is of another stream."""
     bounds = document_bounds(tokens, bos).tolist()
     numbers = range(len(bounds) - 1) if order.documents is None else order.documents.tolist()
     if len(numbers) != len(bounds) - 1:
@@ -44,7 +44,7 @@ def documents(tokens: Tensor, order: Order, cfg: LoraConfig, bos: int = BOS) -> 
 
 
 def admit(chunks: Sequence[int], slots: int) -> list[tuple[int, int]]:
-    """(slot, first round) of each document, by how many chunks it has: the slot that is free first, the lowest of them."""
+    """(slot, first round) of each document, by how many chunks it has: the slot that is free first, of two the lower."""
     free = [(0, slot) for slot in range(slots)]
     out = []
     for count in chunks:

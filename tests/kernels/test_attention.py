@@ -10,9 +10,10 @@ import torch
 
 from pgolf.kernels import _attention_peers as peers
 from pgolf.kernels import attention as module
-from pgolf.kernels._attention_flash import document_bounds, flash_forward
+from pgolf.kernels._attention_flash import flash_forward
 from pgolf.kernels._attention_flash_bwd import flash_backward
 from pgolf.kernels._attention_xsa import exclude_backward
+from pgolf.kernels._documents import document_bounds
 from pgolf.kernels._op import paths
 from pgolf.kernels.attention import attention, attention_ref, document_mask, explain
 
