@@ -44,7 +44,7 @@ def documents(tokens: Tensor, order: Order, cfg: LoraConfig, bos: int = BOS) -> 
 
 
 def admit(chunks: Sequence[int], slots: int) -> list[tuple[int, int]]:
-    """(slot, first round) of each document, by how many chunks it has: the slot that is free first, of two the lower."""
+    """(slot, first round) of each document, by how many chunks it has: the first free one, of two the lower."""
     free = [(0, slot) for slot in range(slots)]
     out = []
     for count in chunks:
