@@ -16,7 +16,7 @@ from pgolf.eval.neural import Neural
 from pgolf.eval.spans import Span
 from pgolf.eval.windowed import Windows
 from pgolf.ttt.config import SgdConfig
-from pgolf.ttt.learner import Compiled, Learner, Loan, Text, rate_at
+from pgolf.ttt.learner import Compiled, Learner, Loan, Text, check_length, rate_at
 
 
 class ChunkTtt(Evaluator):
@@ -54,9 +54,12 @@ class ChunkTtt(Evaluator):
         self.loan: Loan | None = None
 
     def start(self, tokens: Tensor, n_targets: int, neural: Neural, dist) -> None:
+        check_length(neural.model, self.seq_len)
         self.tokens, self.chunks = tokens, -(-n_targets // self.cfg.chunk)
-        self.loan = Loan(neural.model)
         rows = max(self.batch_tokens // (dist.world_size * self.seq_len), 1)
+        share = -(-min(self.cfg.chunk, n_targets) // (self.stride * dist.world_size))
+        self.least_rows = -(-share // -(-share // rows))  # of a whole chunk: the first has fewer windows
+        self.loan = Loan(neural.model)
         self.learner = Learner(neural.model, self.cfg, dist, rows, self.seq_len, self.compiled)
 
     def finish(self) -> None:

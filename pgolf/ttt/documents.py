@@ -20,7 +20,7 @@ from pgolf.eval.spans import SpanBatch
 from pgolf.kernels.cross_entropy import cross_entropy, softcap
 from pgolf.model.lora import attach, detach
 from pgolf.ttt.config import LoraConfig
-from pgolf.ttt.learner import Compiled, Loan
+from pgolf.ttt.learner import Compiled, Loan, check_length
 from pgolf.ttt.schedule import Document, Round, Schedule, documents
 from pgolf.ttt.slot_adam import SlotAdam
 
@@ -56,6 +56,7 @@ class DocumentTtt(Evaluator):
         self.model = self.loan = self.scored = None
 
     def start(self, tokens: Tensor, n_targets: int, neural: Neural, dist) -> None:
+        check_length(neural.model, self.seq_len)
         self.tokens, self.dist, self.model = tokens, dist, neural.model
         self.docs = documents(tokens, self.order, self.cfg, self.bos)
         self.least_rows = -(-self.cfg.slots // dist.world_size)

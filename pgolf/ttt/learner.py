@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pgolf.data.batch import Batch
 from pgolf.dist import Dist
+from pgolf.errors import ConfigError
 from pgolf.model.gpt import GPT
 from pgolf.model.roles import ParamInfo, Role, roles_of
 from pgolf.ttt.config import SgdConfig
@@ -44,6 +45,15 @@ def trained_params(model: GPT, cfg: SgdConfig) -> list[ParamInfo]:
     frozen = (*NEVER, *(TABLES if cfg.freeze_tables else ()))
     kept = lambda i: i.role in frozen or (i.block is not None and i.block < cfg.freeze_blocks)
     return [i for i in roles_of(model) if part(i) and not kept(i)]
+
+
+def check_length(model: GPT, seq_len: int) -> None:
+    """Raises ConfigError if rows of seq_len are longer than the model's rotary tables."""
+    if seq_len > model.max_length:
+        raise ConfigError(
+            f"test-time training in windows of {seq_len}: the model was built for at most {model.max_length} tokens;"
+            " build it with a larger max_length or lower ttt.seq_len"
+        )
 
 
 class Loan:

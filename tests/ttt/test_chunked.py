@@ -10,6 +10,7 @@ import torch
 from ranks import on_ranks
 from ttt_helpers import VOCAB, WIDTH, byte_counts, changed_behind, random_stream, run, small_model
 
+from pgolf.data.batch import Batch
 from pgolf.dist import Dist
 from pgolf.errors import ConfigError, PgolfError
 from pgolf.eval.base import CoverageError
@@ -116,7 +117,7 @@ def test_ledger_and_last_chunk():
 
 
 # 32 random tokens, over and over
-TEXT = np.resize(np.random.default_rng(3).integers(2, VOCAB, 32), 300).astype(np.uint16)
+TEXT = np.resize(np.random.default_rng(3).integers(2, VOCAB, 32), 230).astype(np.uint16)
 
 
 @lru_cache
@@ -140,7 +141,7 @@ def test_any_number_of_ranks_learns_the_same(variant, worlds):
     kw = VARIANTS[variant]
     one, _ = run(ttt(**kw), STREAM)
     still, _ = run(ttt(lr=0.0), STREAM)
-    assert abs(one.val_bpb - still.val_bpb) > 1e-3
+    assert abs(one.val_bpb - still.val_bpb) > 1e-4
     for world in worlds:
         models = [small_model() for _ in range(world)]
         results = on_ranks(world, lambda d, models=models: run(ttt(**kw), STREAM, models[d.rank], d)[0])
@@ -195,8 +196,6 @@ def test_a_step_is_the_optimisers_own():
     ids = torch.from_numpy(STREAM[:33].astype(np.int64))
     learner.learn(Text(ids[:-1], ids[1:]), 0.1)
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
-    from pgolf.data.batch import Batch
-
     for _ in range(2):
         optimizer.zero_grad()
         twin(Batch(ids[:-1].view(2, WIDTH), ids[1:].view(2, WIDTH)))[0].mean().backward()
@@ -218,7 +217,8 @@ def test_shadow_scores_and_raw_weights_train():
 
 
 def test_small_steps_are_not_lost_in_bf16_tables():
-    model = small_model().to(torch.bfloat16)
+    model = small_model(compute_dtype=torch.bfloat16)
+    assert model.embed.weight.dtype == torch.bfloat16
     learner = Learner(model, replace(BASE, epochs=1), Dist(), 8, WIDTH)
     before = [w.clone() for w in learner.weights]
     ids = torch.from_numpy(STREAM[:33].astype(np.int64))

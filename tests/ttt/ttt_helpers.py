@@ -22,9 +22,9 @@ CFG = ModelConfig(
 )
 
 
-def small_model(seed=1, cfg=CFG):
+def small_model(seed=1, cfg=CFG, **kw):
     """A model whose every weight is awake: no zero that a gradient could hide behind."""
-    model = GPT(cfg, train_length=WIDTH).init_weights(seed)
+    model = GPT(cfg, train_length=WIDTH, **kw).init_weights(seed)
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in model.parameters():
