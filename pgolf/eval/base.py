@@ -176,8 +176,8 @@ def evaluate(
             " (and one whole window in truncated mode): use a longer val split or a smaller eval.seq_len"
         )
     run = _Run(evaluator, neural, stream[: n_targets + 1], byte_counts, dist, val_bytes, readers)
-    evaluator.start(torch.from_numpy(run.stream.astype(np.int64)), n_targets, neural, dist)
     try:
+        evaluator.start(torch.from_numpy(run.stream.astype(np.int64)), n_targets, neural, dist)
         run.go(progress, watch, keep)
     finally:
         evaluator.finish()

@@ -103,6 +103,8 @@ class Learner:
     """
 
     def __init__(self, model: GPT, cfg: SgdConfig, dist: Dist, rows: int, width: int, compiled: Compiled = lambda f: f):
+        if any(getattr(module, "cast", None) is not None for module in model.modules()):
+            raise ValueError("Learner: the model computes with weights cast elsewhere, which would not see a change")
         self.model, self.cfg, self.dist = model, cfg, dist
         self.rows, self.width = max(1, min(rows, -(-cfg.step_rows // dist.world_size))), width
         infos = trained_params(model, cfg)
