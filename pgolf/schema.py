@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pgolf.data.config import DataConfig
 from pgolf.eval.config import EvalConfig
 from pgolf.model.config import LossConfig, ModelConfig
+from pgolf.ngram.config import NgramConfig
 from pgolf.optim.config import AverageConfig, OptimConfig, ScheduleConfig
 from pgolf.quant.config import QuantConfig
 
@@ -112,6 +113,7 @@ class RunConfig:
     average: AverageConfig = field(default_factory=AverageConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    ngram: NgramConfig | None = None
 
     def problems(self) -> list[str]:
         """What only several sections together can tell."""
@@ -119,6 +121,8 @@ class RunConfig:
         length = self.eval.seq_len or self.data.seq_len
         if self.eval.stride > length:
             out.append(f"eval.stride={self.eval.stride} must be at most the evaluated length {length}: gaps otherwise")
+        if self.eval.documents and self.eval.documents.stride > length:
+            out.append(f"eval.documents.stride={self.eval.documents.stride} must be at most {length}: gaps otherwise")
         cap, eggroll = self.train.max_wallclock_seconds, self.quant.eggroll
         if cap and eggroll and eggroll.seconds >= cap / 2:
             out.append(f"quant.eggroll.seconds={eggroll.seconds} must be below half of the training time of {cap} s")

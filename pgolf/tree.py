@@ -18,6 +18,7 @@ from pgolf.errors import ConfigError
 
 Tree = TypeVar("Tree")
 TRUE = ("1", "true", "on", "yes")
+FLOATS = tuple[float, ...]
 FALSE = ("0", "false", "off", "no", "none")
 
 
@@ -74,7 +75,7 @@ def type_name(node: Node) -> str:
     """The type as users write about it: int, float, text, on|none, ..."""
     if node.is_section:
         return "on|none" if node.optional else "section"
-    names = {bool: "bool", int: "int", float: "float", str: "text"}
+    names = {bool: "bool", int: "int", float: "float", str: "text", FLOATS: "floats, comma-separated"}
     name = names.get(node.kind, "ints, comma-separated")
     return f"{name} or none" if node.optional else name
 
@@ -106,7 +107,8 @@ def parse(text: str, node: Node) -> Any:
     try:
         return _parse_number(text, node.kind)
     except ValueError:
-        wanted = {int: "a whole number", float: "a finite number"}.get(node.kind, "whole numbers such as 9,10")
+        names = {int: "a whole number", float: "a finite number", FLOATS: "finite numbers such as 0.5,2"}
+        wanted = names.get(node.kind, "whole numbers such as 9,10")
         raise ValueError(f"must be {wanted}{' or none' if node.optional else ''}") from None
 
 
@@ -118,7 +120,8 @@ def _parse_number(text: str, kind: Any) -> Any:
         if not math.isfinite(value):
             raise ValueError
         return value
-    return tuple(int(part) for part in text.strip("()[]").replace(",", " ").split())
+    element = float if kind == FLOATS else int
+    return tuple(_parse_number(part, element) for part in text.strip("()[]").replace(",", " ").split())
 
 
 def is_off(text: str, off: tuple[str, ...] = ("0",)) -> bool:
@@ -206,7 +209,9 @@ def _value(node: Node, value: Any, prefix: str) -> Any:
         return from_dict(node.kind, value, path + ".")
     if node.kind is float and type(value) in (int, float):
         return _finite(path, value)
-    if get_origin(node.kind) is tuple and isinstance(value, list | tuple) and all(type(v) is int for v in value):
+    if node.kind == FLOATS and isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value):
+        return tuple(_finite(path, v) for v in value)
+    if node.kind == tuple[int, ...] and isinstance(value, list | tuple) and all(type(v) is int for v in value):
         return tuple(value)
     if type(value) is not node.kind:
         raise ConfigError(f"{path}={value!r} must be of type {type_name(node)}")

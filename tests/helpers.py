@@ -1,10 +1,12 @@
 """What several tests share. Not in conftest.py: a folder has its own, and `import conftest` finds any of them."""
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 
 import torch
 
+from pgolf.artifact import script
 from pgolf.data.batch import Batch
 from pgolf.model.config import ModelConfig
 
@@ -51,3 +53,9 @@ def reduced(model: ModelConfig, vocab: int) -> ModelConfig:
     wiring = dataclasses.replace(wiring, backout=wiring.backout and dataclasses.replace(wiring.backout, layer=1))
     plan = dataclasses.replace(model.plan, num_layers=3, encoder_layers=min(model.plan.encoder_layers, 1))
     return dataclasses.replace(model, dim=8 * heads, attn=attn, embed=embed, wiring=wiring, plan=plan)
+
+
+@cache
+def made() -> script.Script:
+    """The script of this checkout, made once a process: minifying its files takes 5 s."""
+    return script.make()

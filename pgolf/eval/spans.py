@@ -83,7 +83,8 @@ def gather(
         index.append(np.arange(first + score_from, first + end))
         scored.append(np.arange(score_from, end))
     index, scored = np.concatenate(index), np.concatenate(scored)
-    widest.index = max(widest.index, len(index))
+    # packed, every batch has another number of targets, and all of its positions is the most that there can be
+    widest.index = max(widest.index, rows * width if packed else len(index))
     padded = torch.from_numpy(np.pad(index, (0, widest.index - len(index))))
     ids, targets = torch.from_numpy(cut).to(device).unbind()
     starts = segments(spans, places, rows, width, widest).to(device) if packed else None
