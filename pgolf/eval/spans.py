@@ -58,10 +58,20 @@ class Widest:
 
 
 def gather(
-    stream: np.ndarray, spans: Sequence[Span], width: int, device: torch.device, *, packed: bool, widest: Widest
+    stream: np.ndarray,
+    spans: Sequence[Span],
+    width: int,
+    device: torch.device,
+    *,
+    packed: bool,
+    widest: Widest,
+    places: Sequence[tuple[int, int]] | None = None,
 ) -> SpanBatch:
-    """Cuts the spans out of the stream. Target i is token i+1, so each row needs one token beyond its end."""
-    places = place(spans, width, packed)
+    """Cuts the spans out of the stream. Target i is token i+1, so each row needs one token beyond its end.
+
+    places: (row, first column) of each span, rows ascending; None = where `place` puts them.
+    """
+    places = place(spans, width, packed) if places is None else places
     rows = widest.rows = max(widest.rows, places[-1][0] + 1)
     cut = np.zeros((2, rows, width), dtype=np.int64)
     index, scored = [], []
