@@ -1,6 +1,7 @@
 """The limits of the time ledger: what was taken, what an evaluation will take, and its end before the limit."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -179,7 +180,8 @@ def test_training_over_its_limit(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(TimeLedger, "seconds", lambda self, name: 120.0 if name == "calibrate" else booked(self, name))
     code, found = command(tmp_path, "train.max_wallclock_seconds=60")
     assert code == 5 and found["steps"] == 2
-    assert "training and calibration took 120." in capsys.readouterr().err
+    # two steps take less than 10 s of their own even beside other work
+    assert re.search(r"training and calibration took 12\d\.\d s, the limit is 60 s", capsys.readouterr().err)
 
 
 def test_limits_are_saved_and_off_for_zero(tmp_path):

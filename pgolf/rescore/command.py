@@ -15,7 +15,9 @@ import torch
 from pgolf import config, extras, runtime, signals, tree
 from pgolf.config import RunConfig
 from pgolf.data.shards import read_shard
+from pgolf.data.sidecar import stream_bytes
 from pgolf.data.source import Data, open_data
+from pgolf.data.tokenizer import load_tokenizer
 from pgolf.dist import Dist, start
 from pgolf.errors import ConfigError, PgolfError
 from pgolf.eval.neural import Neural
@@ -156,8 +158,12 @@ def _data(args: argparse.Namespace, cfg: RunConfig, subject: Subject, dist: Dist
     if args.split == "val":
         return data
     n = args.max_tokens or 262_144
-    tokens = torch.from_numpy(read_shard(data.train_files[-1])[: n + 1].astype("int64"))
-    return replace(data, name=f"{data.name}, training text of {data.train_files[-1].name}", val=tokens, val_bytes=None)
+    ids = read_shard(data.train_files[-1])[: n + 1]
+    counts = None
+    if data.val_bytes is not None:  # the training shards have no sidecar
+        counts = torch.from_numpy(stream_bytes(load_tokenizer(cfg.data.tokenizer_path, None), ids))
+    name = f"{data.name}, training text of {data.train_files[-1].name}"
+    return replace(data, name=name, val=torch.from_numpy(ids.astype("int64")), val_bytes=counts)
 
 
 def _progress(say):

@@ -194,6 +194,11 @@ def tokenizer(f: Folder) -> Finding:
 
 
 def transform(f: Folder) -> Finding:
+    proven = [log.name for log in f.logs if re.search(r"byte sidecar: [\d,]+ bytes in [\d,]+ documents", log.text)]
+    if proven and len(proven) < len(f.logs):
+        return fail(f"only {', '.join(proven)} was scored with a byte sidecar", "score all seeds on one export")
+    if proven:
+        return ok("each run proved its byte sidecar document by document; `pgolf data check --all` turns the text back")
     # a bundle of pgolf names what it does not have; others' scripts use what they name
     scripts = [] if f.is_ours or f.script is None else f.script.files.values()
     if any(re.search(r"caseops|fineweb_val_bytes|byte_sidecar", text, re.I) for text in [*scripts, *_texts(f)]):

@@ -86,6 +86,20 @@ def test_bytes_moved_between_documents_do_not_cancel(loaded):
         sidecar.prove_sidecar(sp, tokens, wrong)
 
 
+def test_bytes_of_a_stream_without_a_sidecar(made, loaded):
+    """Training text: the same per document, and per token but for the bytes of one character."""
+    sp, tokens, counts = loaded
+    found, starts = sidecar.stream_bytes(sp, tokens), np.flatnonzero(tokens == 1)
+    assert found.dtype == np.uint16
+    assert np.add.reduceat(found, starts).tolist() == np.add.reduceat(counts, starts).tolist()
+    whole = np.array([not sp.is_byte(t) for t in tokens.tolist()])
+    assert (found == counts)[whole].all() and (tokens == 7).any() and not (found == counts).all()
+    twice = [1, 7, 7, 7, 4, 5, 8 + ord("A")]  # ESC ESC is a literal ESC, ESC TITLE a literal TITLE
+    assert sidecar.stream_bytes(sp, np.array(twice)).tolist() == [0, 0, 3, 0, 3, 0, 1]
+    plain = np.array([1, 7, 4, 9])
+    assert sidecar.stream_bytes(sp, plain[:2]).tolist() == [0, 0] and len(sidecar.stream_bytes(sp, plain[:0])) == 0
+
+
 @pytest.mark.parametrize("by", [1, -1])
 def test_a_shifted_sidecar_is_refused(loaded, by):
     """Indexed by the input and not by the target: sums are all but the same."""

@@ -163,9 +163,7 @@ def test_documents_that_are_not_kept_stop_the_export(tmp_path, made):
     with pytest.raises(DataError, match="document 1 holds a lone surrogate, at character 2"):
         export.export(["ok", "ab\ud800"], sp, tmp_path, 1)
     with pytest.raises(DataError, match=r"in 1 of 1 documents; first in document 0, "):
-        export.export(
-            ["said the fox, " * 9 + "\u2581", "b"], sp, tmp_path, 1
-        )  # the space mark itself comes back as a space
+        export.export(["said the fox, " * 9 + "\u2581", "b"], sp, tmp_path, 1)  # read back as a space
     with pytest.raises(DataError, match="no documents for the train split"):
         export.export(["a"], sp, tmp_path, 5)
 

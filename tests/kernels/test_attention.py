@@ -13,7 +13,7 @@ from pgolf.kernels import attention as module
 from pgolf.kernels._attention_flash import flash_forward
 from pgolf.kernels._attention_flash_bwd import flash_backward
 from pgolf.kernels._attention_xsa import exclude_backward
-from pgolf.kernels._documents import document_bounds
+from pgolf.kernels._documents import document_bounds, document_reach
 from pgolf.kernels._op import paths
 from pgolf.kernels.attention import attention, attention_ref, document_mask, explain
 
@@ -93,7 +93,7 @@ def test_document_bounds_equal_the_mask():
 
 
 def test_starts_that_fill_up_change_no_bit():
-    tensors, dy = qkv(b=2), rand(2, 19, 4, 8)
+    tensors, dy = qkv(b=2), rand(2, 19, 2, 8)
     for path in ("triton", "reference"):
         with paths(attention=path):
             runs = [

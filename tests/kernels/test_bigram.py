@@ -139,14 +139,14 @@ def test_a_packed_document_is_as_alone_in_a_row(path, hash, trigram):
     with paths(bigram=path):
         out = bigram(ids, tok, rows, extra=extra, reach=document_reach(cu, 2, 7), **options)
         got = torch.autograd.grad(out, (tok, rows, gate), dout)
-        want = [torch.zeros_like(x) for x in got]
-        for b in range(2):
-            parts = zip(*(x[b].split(lengths[b]) for x in (ids, extra, dout, out)), strict=True)
-            for i, e, g, o in parts:
+    want = [torch.zeros_like(x) for x in got]
+    for b in range(2):
+        for i, e, g, o in zip(*(x[b].split(lengths[b]) for x in (ids, extra, dout, out)), strict=True):
+            with paths(bigram="reference"):
                 alone = bigram(i[None], tok, rows, extra=e[None], **options)
-                torch.testing.assert_close(o, alone[0], rtol=1e-6, atol=1e-6)
-                for total, part in zip(want, torch.autograd.grad(alone, (tok, rows, gate), g[None]), strict=True):
-                    total += part
+            torch.testing.assert_close(o, alone[0], rtol=1e-5, atol=1e-6)
+            for total, part in zip(want, torch.autograd.grad(alone, (tok, rows, gate), g[None]), strict=True):
+                total += part
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
 

@@ -34,6 +34,13 @@ def test_a_good_folder_passes(good):
     assert {n for n, r in found.items() if r.status == WARN} == {"PG062", "PG101", "PG191"}, "no record, and no claim"
 
 
+def test_a_proven_byte_sidecar_is_said(folder):
+    for log in folder.glob("train_seed*.log"):
+        log.write_text("byte sidecar: 151,080,645 bytes in 50,000 documents, each\n" + log.read_text())
+    found = examine(folder)["PG081"]
+    assert found.status == OK and "proved its byte sidecar" in found.what
+
+
 def test_a_good_record_passes(folder):
     found = examine(as_record(folder))
     assert not failed(found), [found[n] for n in failed(found)]
@@ -132,6 +139,7 @@ BROKEN = {
     "bytes of another tokenizer": (
         both(edit("train_seed1.log", r"val_loss:\d+\.\d{8}", "val_loss:4.90000000")), "PG063", 9),
     "leaky training shards": (edit("train_seed1.log", r"train_shards:\d+", "train_shards:1499"), "PG102", 9),
+    "one seed of other bytes": (edit("train_seed1.log", r"\A", "byte sidecar: 9 bytes in 2 documents\n"), "PG081", 9),
     "a doubled data path": (edit("train_seed1.log", r"\A", "data: data/datasets/datasets/x\n"), "PG102", 9),
     "no BOS": (edit("train_seed1.log", r"val_first_token:1", "val_first_token:77"), "PG111", 9),
 }  # fmt: skip
@@ -177,7 +185,6 @@ def test_there_are_enough_and_every_rule_that_can_fail_does():
         "PG023",
         "PG031",
         "PG071",
-        "PG081",
         "PG131",
         "PG141",
         "PG205",
