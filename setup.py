@@ -41,6 +41,7 @@ setup(
             "python-minifier>=3",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "pytest-benchmark>=5",
             "hypothesis>=6.100",
             "ruff>=0.6",

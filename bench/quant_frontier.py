@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pgolf import checkpoint, config, finish, resume, tree
+from pgolf import checkpoint, config, finish, resume, scoring, tree
 from pgolf.artifact.codecs import CODECS
 from pgolf.artifact.pack import pack
 from pgolf.calibrate import Calibration
@@ -100,10 +100,11 @@ class Bench:
         trainer = self.trainer
         model = trainer.model if records is None else eggroll.exported(trainer.model, records)
         model.eval()
-        windows, data = finish.plain_windows(trainer.cfg), trainer.data
+        windows, data = scoring.plain_windows(trainer.cfg), trainer.data
         return evaluate(
-            windows, Neural(model), data.val, data.byte_counts, trainer.dist, limit_tokens=self.targets
-        ).val_bpb
+            windows, Neural(model), data.val, data.byte_counts, trainer.dist, val_bytes=data.val_bytes,
+            limit_tokens=self.targets,
+        ).val_bpb  # fmt: skip
 
     def quantised(self, quant: QuantConfig) -> list[Record]:
         return self.records(quant, self.parts(quant) if quant.gptq else None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._documents import document_bounds
 from ._op import cdiv, launch, pow2, tuned
 from ._triton import jit, tl
 
@@ -145,18 +146,6 @@ def _attention_fwd_kernel(
 
 
 # -- launcher --------------------------------------------------------------------------------------------------------
-
-
-def document_bounds(cu_seqlens: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """(B T,) int32 each: first position of a token's document inside its row, and the position after its last."""
-    cu_seqlens = cu_seqlens.contiguous()
-    at = torch.arange(batch * length, device=cu_seqlens.device, dtype=torch.int32)
-    document = torch.searchsorted(cu_seqlens, at, right=True)
-    edges = torch.cat([cu_seqlens.new_zeros(1), cu_seqlens, cu_seqlens.new_full((1,), batch * length)])
-    position, row = at % max(length, 1), at - at % max(length, 1)
-    start = (edges[document] - row).clamp(min=0).minimum(position)  # memory-safe for any contents of cu_seqlens
-    end = (edges[document + 1] - row).clamp(max=length).maximum(position + 1)
-    return start.int(), end.int()
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._attention_flash import LOG2E, document_bounds, kernel_constants, rows_of, shape_class, tile
+from ._attention_flash import LOG2E, kernel_constants, rows_of, shape_class, tile
 from ._attention_xsa import exclude_backward
+from ._documents import document_bounds
 from ._op import cdiv, launch, tuned
 from ._triton import jit, tl
 

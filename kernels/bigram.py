@@ -12,6 +12,10 @@ Hashes, int32 semantics, exact for ids < 41,700 (id * 51,497 < 2^31):
              h3 = (36313 x_t ^ 27191 x_{t-1} ^ 51497 x_{t-2}) mod (N-1), N-1 at positions 0 and 1
     mul1009  h2 = (1009 x_{t-1} + x_t) mod N, x_{-1} = 0
 
+reach (B, T) int32, where rows hold several documents (`document_reach`): how many tokens before it, at most t of them,
+each token may look back at. Where it is 0 a token is as at position 0, where it is 1 as at position 1, in all of the
+above and in the gradients, so that a packed document gives what it gives alone in a row. None: t, the whole row.
+
 Kernel: sums, norm and smear in fp32, rounded once (the reference rounds after each). The smear recomputes the token
 before from the tables, which stay in L2. Saved for backward: one fp32 number a token; the sum is gathered again there
 rather than saved, 2 x 100.7 MB less at the reference shape. With d_t the gradient at t and d_T = 0,
@@ -39,26 +43,30 @@ MAX_VOCAB = 41_700  # of the hashes: 51,497 * 41,699 < 2^31
 MAX_TOKENS = 2**29  # three keys a token are sorted, counted in int32
 
 
-def shifted(ids: Tensor, by: int) -> Tensor:
-    """ids (B, T) moved right by `by` positions, zeros entering."""
-    return F.pad(ids, (by, 0))[:, : ids.shape[1]]
+def beyond(ids: Tensor, by: int, reach: Tensor | None = None) -> Tensor:
+    """Bool, (T,) or (B, T): where the token `by` positions before is none that may be looked at."""
+    t = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
+    return (t if reach is None else t.minimum(reach)) < by
 
 
-def bigram_index(ids: Tensor, rows: int, hash: str = "xor") -> Tensor:
+def shifted(ids: Tensor, by: int, reach: Tensor | None = None) -> Tensor:
+    """ids (B, T) moved right by `by` positions, zeros where `reach` ends."""
+    return F.pad(ids, (by, 0))[:, : ids.shape[1]].masked_fill(beyond(ids, by, reach), 0)
+
+
+def bigram_index(ids: Tensor, rows: int, hash: str = "xor", reach: Tensor | None = None) -> Tensor:
     """(B, T) int64 row of each position's bigram in a table of `rows` rows."""
-    previous = shifted(ids, 1)
+    previous = shifted(ids, 1, reach)
     if hash == "mul1009":
         return (1009 * previous + ids) % rows
     index = ((36313 * ids) ^ (27191 * previous)) % (rows - 1)
-    index[:, :1] = rows - 1
-    return index
+    return index.masked_fill(beyond(ids, 1, reach), rows - 1)
 
 
-def trigram_index(ids: Tensor, rows: int) -> Tensor:
+def trigram_index(ids: Tensor, rows: int, reach: Tensor | None = None) -> Tensor:
     """(B, T) int64 row of each position's trigram in the bigrams' table."""
-    index = ((36313 * ids) ^ (27191 * shifted(ids, 1)) ^ (51497 * shifted(ids, 2))) % (rows - 1)
-    index[:, :2] = rows - 1
-    return index
+    before = (27191 * shifted(ids, 1, reach)) ^ (51497 * shifted(ids, 2, reach))
+    return (((36313 * ids) ^ before) % (rows - 1)).masked_fill(beyond(ids, 2, reach), rows - 1)
 
 
 def bigram_ref(
@@ -70,30 +78,42 @@ def bigram_ref(
     trigram: bool = False,
     extra: Tensor | None = None,
     gate: Tensor | None = None,
+    reach: Tensor | None = None,
     eps: float = 2.0**-23,
 ) -> Tensor:
     """Reference of `bigram`, in plain torch."""
     x = F.embedding(ids, token_table)
     if rows is not None:
-        x = x + F.embedding(bigram_index(ids, rows.shape[0], hash), rows)
+        x = x + F.embedding(bigram_index(ids, rows.shape[0], hash, reach), rows)
         if trigram:
-            x = x + F.embedding(trigram_index(ids, rows.shape[0]), rows)
+            x = x + F.embedding(trigram_index(ids, rows.shape[0], reach), rows)
     if extra is not None:
         x = x + extra
     x = F.rms_norm(x, (x.shape[-1],), eps=eps)
     if gate is not None:
         previous = F.pad(x, (0, 0, 1, 0))[:, :-1]
+        if reach is not None:
+            previous = previous.masked_fill(beyond(ids, 1, reach)[..., None], 0)
         x = torch.lerp(x, previous, torch.sigmoid(gate).to(x.dtype))
     return x
 
 
-# -- kernels: `row` counts the B * T tokens, `t` is the position in a sequence ---------------------------------------
+# -- kernels: `row` counts the B * T tokens, `t` is how many tokens before it a token may look at --------------------
 
 
 @jit
 def _id(ids, row, live, V):
     """int32 ids at `row`, forced into the table; 0 where not live, as before the first position."""
     return tl.minimum(tl.maximum(tl.load(ids + row, mask=live, other=0), 0), V - 1).to(tl.int32)
+
+
+@jit
+def _seen(reach, row, position, live):
+    """t of the tokens at `row`. Never beyond the row, whatever `reach` holds."""
+    t = position
+    if reach is not None:
+        t = tl.minimum(tl.load(reach + row, mask=live, other=0), position)
+    return t
 
 
 @jit
@@ -136,11 +156,12 @@ def _gather(tok, rows, extra, row, a, h2, h3, j, mask, D: tl.constexpr, TRI: tl.
 
 @jit
 def _bigram_fwd_kernel(
-    ids, tok, rows, extra, gate, out, rstd, tokens, T, V, N, eps,
+    ids, tok, rows, extra, gate, reach, out, rstd, tokens, T, V, N, eps,
     D: tl.constexpr, XOR: tl.constexpr, TRI: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row, t, live = index.to(tl.int64), index % T, index < tokens
+    row, live = index.to(tl.int64), index < tokens
+    t = _seen(reach, row, index % T, live)
     j = tl.arange(0, BLOCK_D)
     cols = j < D
     mask = live[:, None] & cols[None, :]
@@ -162,7 +183,7 @@ def _bigram_fwd_kernel(
 
 @jit
 def _bigram_bwd_kernel(
-    dout, ids, tok, rows, extra, gate, rstd, dx, keys, dgate, tokens, T, V, N,
+    dout, ids, tok, rows, extra, gate, reach, rstd, dx, keys, dgate, tokens, T, V, N,
     D: tl.constexpr, XOR: tl.constexpr, TRI: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -174,7 +195,8 @@ def _bigram_bwd_kernel(
         smear = tl.sigmoid(tl.load(gate + j, mask=cols, other=0.0).to(tl.float32))
     for block in range(pid, tl.cdiv(tokens, BLOCK_T), tl.num_programs(0)):
         index = block * BLOCK_T + tl.arange(0, BLOCK_T)
-        row, t, live = index.to(tl.int64), index % T, index < tokens
+        row, position, live = index.to(tl.int64), index % T, index < tokens
+        t = _seen(reach, row, position, live)
         mask = live[:, None] & cols[None, :]
         at = row[:, None] * D + j[None, :]
         a, h2, h3 = _places(ids, rows, row, t, live, V, N, XOR, TRI)
@@ -187,7 +209,10 @@ def _bigram_bwd_kernel(
         unit = _gather(tok, rows, extra, row, a, h2, h3, j, mask, D, TRI) * r
         d = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
         if gate is not None:
-            step = tl.load(dout + at + D, mask=mask & (t + 1 < T)[:, None], other=0.0).to(tl.float32) - d
+            after = live & (position + 1 < T)  # a token that looks back at this one
+            if reach is not None:
+                after = after & (tl.load(reach + row + 1, mask=after, other=0) > 0)
+            step = tl.load(dout + at + D, mask=mask & after[:, None], other=0.0).to(tl.float32) - d
             acc += unit * step
             d += smear[None, :] * step
         d = r * (d - unit * (tl.sum(d * unit, axis=1) / D)[:, None])
@@ -205,29 +230,30 @@ def _bigram(
     rows: Tensor | None,
     extra: Tensor | None,
     gate: Tensor | None,
+    reach: Tensor | None,
     xor: bool,
     trigram: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """(out, rstd)."""
     _check_range(ids, token_table.shape[0])
-    args, sizes, constants = _common(ids, token_table, rows, extra, gate, xor, trigram)
-    out, rstd = _bigram_fake(ids, token_table, rows, extra, gate, xor, trigram, eps)
+    args, sizes, constants = _common(ids, token_table, rows, extra, gate, reach, xor, trigram)
+    out, rstd = _bigram_fake(ids, token_table, rows, extra, gate, reach, xor, trigram, eps)
     how = tuned("bigram_fwd", token_table, f"D{constants['BLOCK_D']}")
     grid = (cdiv(ids.numel(), how.blocks["BLOCK_T"]),)
     launch(_bigram_fwd_kernel, grid, *args, out, rstd, *sizes, eps, how=how, **constants)
     return out, rstd
 
 
-def _common(ids, token_table, rows, extra, gate, xor: bool, trigram: bool) -> tuple[list, tuple, dict]:
+def _common(ids, token_table, rows, extra, gate, reach, xor: bool, trigram: bool) -> tuple[list, tuple, dict]:
     """What both kernels take: tensors, sizes, constants."""
-    tensors = [t if t is None else t.contiguous() for t in (ids, token_table, rows, extra, gate)]
+    tensors = [t if t is None else t.contiguous() for t in (ids, token_table, rows, extra, gate, reach)]
     sizes = (ids.numel(), ids.shape[1], token_table.shape[0], 0 if rows is None else rows.shape[0])
     width = token_table.shape[1]
     return tensors, sizes, {"D": width, "BLOCK_D": pow2(width), "XOR": xor, "TRI": trigram}
 
 
-def _bigram_fake(ids, token_table, rows, extra, gate, xor, trigram, eps):
+def _bigram_fake(ids, token_table, rows, extra, gate, reach, xor, trigram, eps):
     out = torch.empty((*ids.shape, token_table.shape[1]), dtype=token_table.dtype, device=ids.device)
     return out, torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
 
@@ -239,12 +265,13 @@ def _bigram_bwd(
     rows: Tensor | None,
     extra: Tensor | None,
     gate: Tensor | None,
+    reach: Tensor | None,
     rstd: Tensor,
     xor: bool,
     trigram: bool,
 ) -> list[Tensor]:
     """Gradients of token_table and of what there is of rows, extra and gate."""
-    args, sizes, constants = _common(ids, token_table, rows, extra, gate, xor, trigram)
+    args, sizes, constants = _common(ids, token_table, rows, extra, gate, reach, xor, trigram)
     tokens, width = ids.numel(), token_table.shape[1]
     dx = torch.empty((*ids.shape, width), dtype=token_table.dtype, device=ids.device)
     lookups = 1 if rows is None else 2 + trigram
@@ -258,7 +285,7 @@ def _bigram_bwd(
     return [*tables, *([] if extra is None else [dx]), *([] if gate is None else [dgate.sum(0).to(gate.dtype)])]
 
 
-def _bigram_bwd_fake(dout, ids, token_table, rows, extra, gate, rstd, xor, trigram):
+def _bigram_bwd_fake(dout, ids, token_table, rows, extra, gate, reach, rstd, xor, trigram):
     given = [t for t in (token_table, rows, extra, gate) if t is not None]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in given]
 
@@ -270,11 +297,11 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dout, _):
-    ids, *given, rstd = ctx.saved_tensors
+    ids, *given, reach, rstd = ctx.saved_tensors
     if dout is None:
-        return (None,) * 8
-    got = iter(_bwd_op(dout, ids, *given, rstd, ctx.xor, ctx.trigram))
-    return None, *(None if t is None else next(got) for t in given), None, None, None
+        return (None,) * 9
+    got = iter(_bwd_op(dout, ids, *given, reach, rstd, ctx.xor, ctx.trigram))
+    return None, *(None if t is None else next(got) for t in given), None, None, None, None
 
 
 _bwd_op = register_op(_bigram_bwd, _bigram_bwd_fake)
@@ -290,14 +317,16 @@ def bigram(
     trigram: bool = False,
     extra: Tensor | None = None,
     gate: Tensor | None = None,
+    reach: Tensor | None = None,
     eps: float = 2.0**-23,
 ) -> Tensor:
     """See the module's contract."""
-    _check(ids, token_table, rows, hash, trigram, extra, gate)
+    _check(ids, token_table, rows, hash, trigram, extra, gate, reach)
     if not use_kernel("bigram", token_table):
         if not torch.compiler.is_compiling():
             _check_range(ids, token_table.shape[0])
-        return bigram_ref(ids, token_table, rows, hash=hash, trigram=trigram, extra=extra, gate=gate, eps=eps)
+        options = {"hash": hash, "trigram": trigram, "extra": extra, "gate": gate, "reach": reach, "eps": eps}
+        return bigram_ref(ids, token_table, rows, **options)
     check_kernel_dtype("bigram", token_table=token_table, gate=gate)
     vocab, width = token_table.shape
     if width > MAX_WIDTH or ids.numel() > MAX_TOKENS or (rows is not None and vocab > MAX_VOCAB):
@@ -305,10 +334,10 @@ def bigram(
             f"bigram: width {width}, {ids.numel()} ids, vocabulary {vocab}, expected at most {MAX_WIDTH}, {MAX_TOKENS}"
             f" and, with rows, {MAX_VOCAB} for the kernel"
         )
-    return _op(ids, token_table, rows, extra, gate, hash == "xor", trigram, eps)[0]
+    return _op(ids, token_table, rows, extra, gate, reach, hash == "xor", trigram, eps)[0]
 
 
-def _check(ids, token_table, rows, hash, trigram, extra, gate) -> None:
+def _check(ids, token_table, rows, hash, trigram, extra, gate, reach) -> None:
     if ids.dim() != 2 or ids.dtype != torch.int64:
         raise ValueError(f"bigram: ids {tuple(ids.shape)} {ids.dtype}, expected (B, T) torch.int64")
     if token_table.dim() != 2 or not token_table.shape[0]:
@@ -325,7 +354,9 @@ def _check(ids, token_table, rows, hash, trigram, extra, gate) -> None:
     for name, t in (("rows", rows), ("extra", extra)):
         if t is not None and t.dtype != token_table.dtype:
             raise ValueError(f"bigram: {name} is {t.dtype}, expected {token_table.dtype} like token_table")
-    check_device("bigram", ids, token_table=token_table, rows=rows, extra=extra, gate=gate)
+    if reach is not None and (reach.shape != ids.shape or reach.dtype != torch.int32):
+        raise ValueError(f"bigram: reach {tuple(reach.shape)} {reach.dtype}, expected {tuple(ids.shape)} torch.int32")
+    check_device("bigram", ids, token_table=token_table, rows=rows, extra=extra, gate=gate, reach=reach)
 
 
 def _check_range(ids: Tensor, vocab: int) -> None:

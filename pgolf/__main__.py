@@ -16,6 +16,9 @@ COMMANDS = {
     "unbundle": ("pgolf.submit.unbundle", "show what a packed script holds, without running it"),
     "submit": ("pgolf.submit.submit", "make a records folder out of the runs of several seeds, and check it"),
     "check": ("pgolf.submit.check", "check a records folder, anybody's: --run also runs its script"),
+    "data": ("pgolf.dataset.command", "check a data set as a judge would; make one with case operators"),
+    "eval": ("pgolf.rescore.command", "score an artifact or a checkpoint with any evaluator, and grids of them"),
+    "audit": ("pgolf.audit.command", "whether a scorer, anybody's, is a probability distribution and causal"),
     "doctor": ("pgolf.doctor.command", "check this machine; --bench measures it, --compare RUN_DIR says what differs"),
     "size": ("pgolf.size.command", "bytes before training, from settings; or of an artifact, a run, a submission"),
 }

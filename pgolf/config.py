@@ -86,16 +86,23 @@ def process_environment() -> Mapping[str, str]:
 
 
 def load(
-    argv: Iterable[str] = (), environ: Mapping[str, str] | None = None, has_gpu: Callable[[], bool] = gpu_present
+    argv: Iterable[str] = (),
+    environ: Mapping[str, str] | None = None,
+    has_gpu: Callable[[], bool] = gpu_present,
+    base: RunConfig | None = None,
 ) -> Settings:
     """Settings from `path=value` arguments and environment variables (default: this process's).
 
-    `has_gpu` is asked only when nobody names a preset. Raises ConfigError with every problem found, not just the first.
+    `has_gpu` is asked only when nobody names a preset. base: settings of an earlier run to start from instead of a
+    preset. Raises ConfigError with every problem found, not just the first.
     """
     overrides = [_split(arg) for arg in argv]
     variables, complaints = aliases.recognise(process_environment() if environ is None else environ)
-    name, source, notes = _choose_preset(dict(overrides), variables, has_gpu)
-    work = _Load(name, source, notes, complaints)
+    if base is None:
+        name, source, notes = _choose_preset(dict(overrides), variables, has_gpu)
+        work = _Load(PRESETS[name](), source, notes, complaints)
+    else:
+        work = _Load(base, "the run", [], complaints)
     work.errors += [_unknown(path) for path, _ in overrides if path not in NODES]
     arguments = [Row(p, text, "override", f"{p}={text}") for p, text in overrides if p in NODES and p != "preset"]
     work.take_schedule(variables)
@@ -144,10 +151,12 @@ class Row(NamedTuple):
 class _Load:
     """The configuration while it is being put together."""
 
-    def __init__(self, preset: str, source: str, notes: list[str], complaints: list[str]):
-        self.start = self.config = PRESETS[preset]()
+    def __init__(self, start: RunConfig, source: str, notes: list[str], complaints: list[str]):
+        self.start = self.config = start
         self.notes, self.errors = notes, complaints
-        self.chosen: dict[str, tuple[str, str]] = {"preset": (source, f"PRESET={preset}")}  # path: (source, as typed)
+        self.chosen: dict[str, tuple[str, str]] = {
+            "preset": (source, f"PRESET={start.preset}")
+        }  # path: (source, as typed)
 
     def is_off(self, path: str) -> str:
         """The switched-off section around `path`, or ""."""

@@ -86,6 +86,12 @@ class ArtifactError(PgolfError):
     exit_code = 9
 
 
+class AuditError(PgolfError):
+    """A scorer failed its audit, or an audit its negative controls."""
+
+    exit_code = 10
+
+
 class Stopped(PgolfError):
     """A signal asked the run to stop, and it did so at a safe point."""
 

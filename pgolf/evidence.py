@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pgolf import config, tree
-from pgolf.eval.base import EvalResult
 
 if TYPE_CHECKING:
     from pgolf.config import Settings
+    from pgolf.scoring import Score
     from pgolf.train import Trainer
 
 BOS = 1  # the challenge's; each document begins with it
@@ -28,16 +28,23 @@ def setting_lines(settings: Settings) -> Iterator[str]:
         yield f"setting {path}={config.show(value)} [{settings.sources.get(path, 'default')}]"
 
 
-def gather(trainer: Trainer, code: bytes, packed: EvalResult | None, slid: EvalResult | None) -> dict[str, Any]:
-    """For result.json. code: the script that ships. packed, slid: the plain and the sliding score, None where there is
-    none; the last one is the run's score, and `targets` and `target_bytes` are its."""
-    data, score = trainer.data, slid or packed
+def gather(trainer: Trainer, code: bytes, scores: Sequence[Score]) -> dict[str, Any]:
+    """For result.json. code: the script that ships. scores: those of the artifact; the last one is the run's, and
+    val_bpb_final, `targets` and `target_bytes` are its."""
+    by_pass = {score.suffix: score.result for score in scores}
+    data, packed, slid = trainer.data, by_pass.get(""), by_pass.get("sliding")
+    score = scores[-1].result if scores else None
     return {
         "settings_digest": config.digest(tree.put(trainer.cfg, "train.seed", 0)),  # seeds of one configuration share it
         "code_sha256": hashlib.sha256(code).hexdigest(),
         "tokenizer_sha256": data.tokenizer_sha256,
         "val_loss_artifact": packed.val_loss if packed else None,
         "val_loss_sliding": slid.val_loss if slid else None,
+        "score_pass": (scores[-1].suffix or "plain") if scores else None,
+        "val_bpb_final": score.val_bpb if score else None,
+        "val_loss_final": score.val_loss if score else None,
+        "order": score.order if score else None,
+        "ledger_digest": score.ledger.digest() if score else None,
         "targets": score.targets if score else None,
         "target_bytes": score.bytes if score else None,
         "val_tokens": len(data.val),
@@ -63,6 +70,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         row("settings_digest"),
         row("code_sha256"),
         row("tokenizer_sha256"),
+        row("score_pass", "val_bpb_final", "order", "ledger_digest"),
         row("val_tokens", "val_documents", "val_first_token", "targets", "target_bytes", "train_shards"),
         f"versions {versions} hardware:{facts['hardware']}",
     ]

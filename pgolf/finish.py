@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pgolf import checkpoint, evidence, limits, result
+from pgolf import checkpoint, evidence, extras, limits, result, scoring
 from pgolf.artifact import budget, codecs
 from pgolf.artifact.bundle import bundle, made_by
-from pgolf.artifact.model_io import load_model, save_model
+from pgolf.artifact.model_io import Loaded, load, save_model
 from pgolf.config import RunConfig
 from pgolf.errors import BudgetError
-from pgolf.eval.base import EvalResult, Evaluator, evaluate
+from pgolf.eval.base import EvalResult
 from pgolf.eval.neural import Neural
-from pgolf.eval.windowed import PlainWindows, SlidingWindows
-from pgolf.model.gpt import GPT, parameter_count
+from pgolf.model.gpt import parameter_count
 from pgolf.quant.records import Parts
+from pgolf.scoring import Score, Scoring
 
 if TYPE_CHECKING:
     from pgolf.train import Trainer
+
+ADAPTIVE = ("ttt", "ngram")  # passes that learn from what they have scored
 
 
 def check_ready(cfg: RunConfig) -> None:
@@ -30,18 +33,6 @@ def check_ready(cfg: RunConfig) -> None:
     codecs.choice(cfg.quant.codec, cfg.quant.level)
     if cfg.train.keep_checkpoints:
         checkpoint.library()
-
-
-def plain_windows(cfg: RunConfig) -> PlainWindows:
-    """The plain evaluator of a run."""
-    return PlainWindows(cfg.eval.seq_len or cfg.data.seq_len, cfg.eval.batch_tokens)
-
-
-def sliding_windows(cfg: RunConfig) -> SlidingWindows | None:
-    """The sliding evaluator of a run; None when it is off."""
-    if not cfg.eval.stride:
-        return None
-    return SlidingWindows(cfg.eval.seq_len or cfg.data.seq_len, cfg.eval.stride, cfg.eval.batch_tokens)
 
 
 def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
@@ -54,28 +45,32 @@ def finish(trainer: Trainer, run_dir: Path, began: float) -> dict:
         floats = trainer.last_val  # the last step's validation has scored these very weights
     else:
         with log.phase("evaluate_float", ledger):
-            floats = trainer.validate(plain_windows(cfg), limit=cfg.eval.max_tokens)
+            floats = trainer.validate(scoring.plain_windows(cfg), limit=cfg.eval.max_tokens)
     label = f"{cfg.quant.matrix}_{cfg.quant.codec}_roundtrip"
     given = trainer.calibration.run()
+    more = {}
+    if extras.wanted(cfg):
+        with log.phase("calibrate", ledger):
+            more = extras.make(trainer)
     trainer.safe_point("before packing")
     with log.phase("pack", ledger):
-        artifact, code = dist.on_main(lambda: write_submission(trainer, run_dir, given))
+        artifact, code = dist.on_main(lambda: write_submission(trainer, run_dir, given, more))
     report = budget.account(artifact, code)
     log.sizes(report.artifact_bytes, report.code_bytes, f"{cfg.quant.matrix}+{cfg.quant.codec}")
-    model = load_model(artifact, device=trainer.device, compute_dtype=trainer.runtime.compute_dtype)
-    packed = slid = None
+    loaded = load(artifact, device=trainer.device, compute_dtype=trainer.runtime.compute_dtype)
     late = []  # what went over a time limit
+    scores: list[Score] = []
     with log.phase("evaluate", ledger):
         try:
-            packed = score(trainer, model, plain_windows(cfg), cfg.eval.max_tokens, label)
-            slider = sliding_windows(cfg)
-            slid = score(trainer, model, slider, cfg.eval.sliding_max_tokens, f"{label}_sliding") if slider else None
+            for score in scoring_of(trainer, loaded, artifact, run_dir, label).run():
+                scores.append(score)
+                told(trainer, score, label)
         except limits.OutOfTime as err:
             late.append(str(err))
         trainer.note_recompiles()
     if trainer.device.type == "cuda":
         log.peak_memory(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
-    facts = gather(trainer, floats, packed, slid, report, began) | evidence.gather(trainer, code, packed, slid)
+    facts = gather(trainer, floats, scores, report, began) | evidence.gather(trainer, code, scores)
     for line in [f"code made by: {made_by()}", *evidence.lines(facts)]:
         log.line(line, console=False)
     dist.on_main(lambda: result.write_result(run_dir, facts))
@@ -104,14 +99,16 @@ def check_time(trainer: Trainer, late: list[str]) -> None:
         raise BudgetError("\n".join(filter(None, late)) + "\nThe result is written all the same.")
 
 
-def write_submission(trainer: Trainer, run_dir: Path, given: dict[str, Parts]) -> tuple[bytes, bytes]:
+def write_submission(
+    trainer: Trainer, run_dir: Path, given: dict[str, Parts], more: dict[str, Any]
+) -> tuple[bytes, bytes]:
     """Writes the two files that count against the limit; returns their bytes: (artifact, code). Raises SetupError.
 
-    given: what calibration has quantised.
+    given: what calibration has quantised. more: what scoring needs besides the weights.
     """
     sha256, code = trainer.data.tokenizer_sha256, bundle()
     how = {"phase": trainer.ledger.phase, "code_bytes": len(code), "say": trainer.log.line}
-    found = {"given": given, "diagonals": trainer.calibration.diagonals}
+    found = {"given": given, "diagonals": trainer.calibration.diagonals, "extras": more}
     artifact = save_model(trainer.model, trainer.infos, trainer.cfg.quant, sha256, **found, **how)
     fix = f"free some space, and go on where training ended: RESUME={run_dir}" if trainer.saver else "free some space"
     for name, data in (("model.pgolf", artifact), ("train_gpt_bundle.py", code)):
@@ -129,29 +126,39 @@ def load_average(trainer: Trainer) -> str:
     return source
 
 
-def score(trainer: Trainer, model: GPT, evaluator: Evaluator, limit: int, label: str) -> EvalResult:
-    """Scores a reloaded model on the val split and logs it."""
-    data, log, dist, cfg = trainer.data, trainer.log, trainer.dist, trainer.cfg.eval
-    already = dist.broadcast_float(limits.spent(trainer.ledger, "evaluation"))
-    watch = limits.Watch(
-        dist, trainer.stop, label, limit=cfg.max_seconds, reserve=cfg.reserve_seconds, already=already, say=log.line
+def scoring_of(trainer: Trainer, loaded: Loaded, artifact: bytes, run_dir: Path, label: str) -> Scoring:
+    """The passes over the reloaded artifact, with this run's log, clock and signals."""
+    log, cfg = trainer.log, trainer.cfg
+    neural = Neural(loaded.model, extras.temperature_of(loaded.extras), trainer.compiled)
+    what = {"artifact": hashlib.sha256(artifact).hexdigest(), "data": trainer.data.val_sha256()}
+    return Scoring(
+        cfg,
+        neural,
+        trainer.data,
+        trainer.dist,
+        label=label,
+        stop=trainer.stop,
+        ledger=trainer.ledger,
+        folder=run_dir / "evaluation" if trainer.saver else None,
+        what=what,
+        mixer=extras.mixer_of(loaded.extras),
+        say=log.line,
+        progress=log.progress,
     )
-    scored = evaluate(
-        evaluator,
-        Neural(model, compiled=trainer.compiled),
-        data.val,
-        data.byte_counts,
-        dist,
-        watch=watch,
-        progress=lambda done, total: log.progress(label, done, total),
-        limit_tokens=limit,
-    )
-    log.final(label, scored.val_loss, scored.val_bpb, 1000 * scored.seconds, subset=scored.subset)
-    return scored
 
 
-def gather(trainer: Trainer, floats: EvalResult, packed: EvalResult | None, slid: EvalResult | None, report, began):
-    """The facts of a run, as result.json holds them: a dict. packed, slid: None if there was no time for them."""
+def told(trainer: Trainer, score: Score, label: str) -> None:
+    """Logs a finished pass, and leaves its ledger in the run's folder."""
+    result, name = score.result, f"{label}_{score.suffix}" if score.suffix else label
+    trainer.log.final(name, result.val_loss, result.val_bpb, 1000 * result.seconds, subset=result.subset)
+    if score.suffix in ADAPTIVE:
+        trainer.log.line(f"ledger {name}: {len(result.ledger.events)} events, sha256 {result.ledger.digest()}")
+
+
+def gather(trainer: Trainer, floats: EvalResult, scores: list[Score], report, began):
+    """The facts of a run, as result.json holds them: a dict. scores: of the artifact, those that there was time for."""
+    by_pass = {score.suffix: score.result for score in scores}
+    packed, slid = by_pass.get(""), by_pass.get("sliding")
     cfg, ledger, found = trainer.cfg, trainer.ledger, trainer.recompiles
     train_seconds = trainer.clock.elapsed_ms / 1000
     return {
@@ -173,6 +180,7 @@ def gather(trainer: Trainer, floats: EvalResult, packed: EvalResult | None, slid
         "val_bpb": floats.val_bpb,
         "val_bpb_artifact": packed.val_bpb if packed else None,
         "val_bpb_sliding": slid.val_bpb if slid else None,
+        "scores": [score.facts() for score in scores],
         "subset": packed.subset if packed else None,
         "subset_sliding": slid.subset if slid else None,
         "artifact_bytes": report.artifact_bytes,

@@ -100,6 +100,9 @@ def _score_lines(result: Mapping[str, Any]) -> list[str]:
     if plain is not None and packed is not None:
         lines.append(f"  {'quantisation gap':<28} {packed - plain:+.4f}")
     lines.append(_score("reloaded artifact, sliding", sliding))
+    for score in result.get("scores", ()):
+        if score["pass"] not in ("plain", "sliding"):
+            lines.append(_score(f"reloaded artifact, {score['pass']}", score["val_bpb"]))
     for key, label in (("subset", "plain"), ("subset_sliding", "sliding")):
         if result.get(key):
             lines.append(f"  {label}: {result[key]}")

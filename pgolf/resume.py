@@ -247,7 +247,7 @@ def _from_main(tensors: dict[str, Tensor], dist: Dist) -> dict[str, Tensor]:
 
 def _restore_tensors(trainer: Trainer, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
     params = {info.name: info.param for info in trainer.infos}
-    weights = _fitting(_below(tensors, "model."), params, "model")
+    weights = tensors_below(tensors, "model.", params)
     with torch.no_grad():
         for name, param in params.items():
             param.copy_(weights[name])
@@ -267,6 +267,12 @@ def _restore_tensors(trainer: Trainer, tensors: dict[str, Tensor], facts: Mappin
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def tensors_below(tensors: Mapping[str, Tensor], prefix: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The checkpoint's tensors named `prefix` + parameter, in the order of `params`. Raises ConfigError where they do
+    not fit."""
+    return _fitting(_below(tensors, prefix), params, prefix.rstrip("."))
 
 
 def _fitting(got: Mapping[str, Tensor], params: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:

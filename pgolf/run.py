@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pgolf import config, evidence, faults, finish, neighbours, node, resume, signals
+from pgolf import config, evidence, extras, faults, finish, neighbours, node, resume, signals
 from pgolf.clock import TimeLedger
 from pgolf.config import Settings
 from pgolf.dist import Dist, start
@@ -106,6 +106,7 @@ def _run(
         with log.phase("compile", ledger):
             trainer.warm_up()
             trainer.calibration.keep_reserve()
+            extras.keep_reserve(trainer)
         if saved:
             resume.restore(trainer, saved)
         if cfg.train.keep_checkpoints:

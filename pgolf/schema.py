@@ -121,6 +121,8 @@ class RunConfig:
         length = self.eval.seq_len or self.data.seq_len
         if self.eval.stride > length:
             out.append(f"eval.stride={self.eval.stride} must be at most the evaluated length {length}: gaps otherwise")
+        if self.eval.documents and self.eval.documents.stride > length:
+            out.append(f"eval.documents.stride={self.eval.documents.stride} must be at most {length}: gaps otherwise")
         cap, eggroll = self.train.max_wallclock_seconds, self.quant.eggroll
         if cap and eggroll and eggroll.seconds >= cap / 2:
             out.append(f"quant.eggroll.seconds={eggroll.seconds} must be below half of the training time of {cap} s")

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pgolf import finish, limits, probe, runtime, signals
+from pgolf import limits, probe, runtime, scoring, signals
 from pgolf.calibrate import Calibration
 from pgolf.clock import Clock, TimeLedger
 from pgolf.config import RunConfig
@@ -279,7 +279,7 @@ class Trainer:
         t, n, ms = self.cfg.train, self.step_number, self.clock.elapsed_ms
         if self.is_last or (t.val_loss_every and n % t.val_loss_every == 0):
             with self.clock.paused(), self.ledger.phase("validate"):
-                scored = self.validate(finish.plain_windows(self.cfg), limit=self.cfg.eval.max_tokens)
+                scored = self.validate(scoring.plain_windows(self.cfg), limit=self.cfg.eval.max_tokens)
                 self.note_recompiles()
             self.log.val(n, t.iterations, scored.val_loss, scored.val_bpb, ms)
             self.last_val = scored
@@ -293,7 +293,14 @@ class Trainer:
         try:
             with self.dist.patient():  # the first one compiles
                 return evaluate(
-                    evaluator, self.neural, data.val, data.byte_counts, self.dist, watch=watch, limit_tokens=limit
+                    evaluator,
+                    self.neural,
+                    data.val,
+                    data.byte_counts,
+                    self.dist,
+                    val_bytes=data.val_bytes,
+                    watch=watch,
+                    limit_tokens=limit,
                 )
         finally:
             self.model.train()

@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository on the path, two CPU threads at most, small models."""
+"""Shared by all tests: the repository on the path, two CPU threads at most (one beside other tests), small models."""
 
 import os
 import sys
@@ -14,7 +14,11 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+# Taken away, so that a pytest that a test starts does not believe to be a worker of this one
+BESIDE_OTHERS = os.environ.pop("PYTEST_XDIST_WORKER", None) is not None
+torch.set_num_threads(1 if BESIDE_OTHERS else 2)
+if BESIDE_OTHERS:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
 
 
 def pytest_collection_modifyitems(items):
@@ -45,6 +49,23 @@ def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_bundle():
+    """Runs and `pgolf size` count the real code, which is made once and not once a run: that was 5 s of every run.
+
+    What makes it is tested in tests/artifact and tests/submit, which do not pass here.
+    """
+    from helpers import made
+
+    from pgolf import finish
+    from pgolf.size import command
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (finish, command):
+            patch.setattr(module, "bundle", lambda: made().data)
+        yield
 
 
 @pytest.fixture

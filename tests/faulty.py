@@ -74,6 +74,7 @@ def slowly(function, what, rank):
 
 
 Trainer.step = step
+finish.bundle = lambda: b"code"  # 5 s a run, and nothing that starts this asks for them
 if "SLOW" in os.environ:
     finish.write_submission = slowly(finish.write_submission, "pack", "0")
     Trainer.validate = slowly(Trainer.validate, "validation", "1")

@@ -149,6 +149,7 @@ def test_without_a_cap_or_calibration_nothing_is_measured(shards, tmp_path, monk
         assert trainer.reserve_ms == 0
 
 
+@pytest.mark.alone
 def test_training_and_calibration_end_within_the_limit(shards, tmp_path):
     """By the clock, with a calibration of half a second: steps end early enough, and all batches are taken."""
     more = ("train.iterations=100000", "train.max_wallclock_seconds=3", "quant.gptq.batches=60")
@@ -229,6 +230,7 @@ def test_eggroll_in_a_run(shards, tmp_path, plain, more):
     assert f"eggroll: {facts['kept']} of 12 trials kept" in text(only_run(tmp_path))
 
 
+@pytest.mark.alone
 def test_eggroll_has_its_seconds_and_no_more(shards, tmp_path):
     trainer = make_trainer(shards, tmp_path, "quant.eggroll=on", "quant.eggroll.seconds=0.5", *CAPPED)
     trainer.calibration.keep_reserve()

@@ -511,6 +511,7 @@ def run_main(capsys, *argv, **environ):
     return code, out, err
 
 
+@pytest.mark.alone
 def test_help_answers_within_a_second_and_without_torch(root):
     script = "import sys, train_gpt; from pgolf.cli import main; main(['--help']); assert 'torch' not in sys.modules"
     times = []

@@ -205,6 +205,7 @@ def _collectives(rank, port):
     return out
 
 
+@pytest.mark.alone
 @pytest.mark.dist
 def test_two_processes():
     with socket.socket() as probe:

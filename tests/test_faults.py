@@ -135,6 +135,7 @@ def test_debug_shows_the_traceback(folder, capsys):
     assert code == 2 and "Traceback" in err
 
 
+@pytest.mark.alone
 def test_help_is_quick_and_torch_free():
     """Best of three: another process may be busy."""
     environ = {k: v for k, v in os.environ.items() if k != "PRESET"}

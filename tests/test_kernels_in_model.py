@@ -4,13 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import KERNELS, random_batch
+from helpers import KERNELS, random_batch, reduced
 
 from pgolf import runtime
 from pgolf.data.batch import Batch
 from pgolf.errors import SetupError
 from pgolf.kernels._op import paths
-from pgolf.model.config import ModelConfig
 from pgolf.model.gpt import GPT
 from pgolf.model.objective import Objective
 from pgolf.model.roles import roles_of
@@ -27,29 +26,9 @@ LENGTH, VOCAB = 19, 48
 CPU = torch.device("cpu")
 
 
-def reduced(model: ModelConfig) -> ModelConfig:
-    """The preset's features at a width that an interpreter can follow: 3 layers, heads of 8."""
-    attn, embed, wiring = model.attn, model.embed, model.wiring
-    heads = 2 * attn.num_heads // attn.num_kv_heads
-    attn = dataclasses.replace(
-        attn,
-        num_heads=heads,
-        num_kv_heads=2,
-        rope=dataclasses.replace(attn.rope, dims=min(attn.rope.dims, 4)),
-        xsa=attn.xsa and dataclasses.replace(attn.xsa, last_n=2),
-        value_embed=attn.value_embed and dataclasses.replace(attn.value_embed, dim=8, layers=(1,)),
-    )
-    embed = dataclasses.replace(
-        embed, vocab_size=VOCAB, bigram=embed.bigram and dataclasses.replace(embed.bigram, rows=32, dim=8)
-    )
-    wiring = dataclasses.replace(wiring, backout=wiring.backout and dataclasses.replace(wiring.backout, layer=1))
-    plan = dataclasses.replace(model.plan, num_layers=3, encoder_layers=min(model.plan.encoder_layers, 1))
-    return dataclasses.replace(model, dim=8 * heads, attn=attn, embed=embed, wiring=wiring, plan=plan)
-
-
 def build(preset: str, fold: bool = False) -> GPT:
     """Trained-looking weights: nothing stays at zero, so that every gradient has something to say."""
-    model = GPT(reduced(PRESETS[preset]().model), train_length=LENGTH, fold_scales=fold).init_weights(0)
+    model = GPT(reduced(PRESETS[preset]().model, VOCAB), train_length=LENGTH, fold_scales=fold).init_weights(0)
     gen = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():

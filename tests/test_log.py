@@ -116,6 +116,7 @@ def test_a_resumed_run_continues_and_mends_a_torn_line(tmp_path):
     assert len(lines) == 3 and json.loads(lines[2])["kind"] == "b"
 
 
+@pytest.mark.alone
 def test_phases_are_timed_and_failures_shown(tmp_path):
     class Ledger:
         names = []

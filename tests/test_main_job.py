@@ -19,6 +19,7 @@ REQUIRED = {
 }  # fmt: skip
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_main_job(tmp_path):
     """Within 4 minutes on 2 cores, at most 1.65 bits per byte from the reloaded bytes with the sliding window."""

@@ -62,6 +62,7 @@ def _run(rank, port, out):
     return seen | {"steps": result["steps"], "ms": result["train_seconds"], "bpb": result["val_bpb_artifact"]}
 
 
+@pytest.mark.alone
 @pytest.mark.dist
 @pytest.mark.slow
 def test_ranks_with_skewed_clocks_decide_alike(tmp_path):

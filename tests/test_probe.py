@@ -7,21 +7,13 @@ import torch
 from resuming import SHORT
 from test_train import events, make_trainer, only_run, run, settings
 
-from pgolf import finish, phases, probe, snapshot
+from pgolf import phases, probe, snapshot
 from pgolf.errors import NumericalError
 from pgolf.quant.weight_cast import BankCast
 
 SHORTEST = ("train.iterations=6", "schedule.warmdown_iters=5", "eval.stride=0", "train.val_loss_every=0")
 QUICK = (*SHORTEST, "quant.late_qat.threshold=0.9")
 CASTS = ("off", "on")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_bundle():
-    """The code's bytes take 1.4 s a run, and nothing here asks for them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "bundle", lambda: b"code")
-        yield
 
 
 def break_toggling(monkeypatch):

@@ -21,6 +21,7 @@ from pgolf.errors import ConfigError, DistributedError, NumericalError
 from pgolf.heartbeat import Heartbeat
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.alone
 
 
 # -- signs of life, without processes ----------------------------------------------------------------------------------

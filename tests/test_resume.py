@@ -15,7 +15,7 @@ from helpers import VOCAB
 from resuming import FACTS, SHORT, assert_same_state, last, saving, text
 from test_train import events, launch, settings
 
-from pgolf import checkpoint, cli, finish, resume, snapshot
+from pgolf import checkpoint, cli, resume, snapshot
 from pgolf.checkpoint import MANIFEST, STATE
 from pgolf.config import digest
 from pgolf.dist import Dist
@@ -27,14 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 ALL_ON = ("average.swa=on", "average.swa.every=2", "average.swa.threshold=0.85", "quant.late_qat.threshold=0.9",
           "schedule.warmdown_iters=50", "train.iterations=60", "train.warmup_steps=0")  # fmt: skip
 SCORES = ("val_loss", "val_bpb", "val_bpb_artifact", "val_bpb_sliding", "steps", "tokens", "artifact_bytes")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_bundle():
-    """The code's bytes take 1.4 s a run, and nothing here asks for them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "bundle", lambda: b"code")
-        yield
 
 
 def told(run_dir, kind, value):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pgolf import cli, finish, signals, snapshot, train
+from pgolf import cli, signals, snapshot, train
 from pgolf.errors import Stopped
+from pgolf.scoring import Scoring
 from pgolf.signals import CODES, Stop, catching
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +94,7 @@ def test_a_process_that_leaves_ignores_further_signals():
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.alone
 def test_a_forked_child_is_on_its_own():
     with catching(speak=False) as stop:
         child = os.fork()
@@ -131,6 +133,7 @@ with catching():
 """
 
 
+@pytest.mark.alone
 def test_second_ctrl_c_ends_a_process_that_is_stuck_outside_python():
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK.format(root=str(ROOT))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -227,13 +230,13 @@ def test_the_export_ends_between_its_stages(where, method, tmp_path, monkeypatch
     if method == "safe_point":
         send_when(monkeypatch, train.Trainer, method, "SIGTERM", lambda self, place: place == where)
     else:
-        score = finish.score
+        score = Scoring.score
 
-        def patched(trainer, *args):
-            raise_and_wait(trainer.stop, "SIGTERM")
-            return score(trainer, *args)
+        def patched(self, *args):
+            raise_and_wait(self.stop, "SIGTERM")
+            return score(self, *args)
 
-        monkeypatch.setattr(finish, "score", patched)
+        monkeypatch.setattr(Scoring, "score", patched)
     code, path = command(tmp_path, "eval.batch_tokens=64", "train.iterations=2")
     assert code == 143 and saves == [(2, 0)]
     assert f"SIGTERM {where}" in capsys.readouterr().err
@@ -265,6 +268,7 @@ def until(process, text):
     raise AssertionError(f"{text!r} did not come")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_process_ends_with_143_of_sigterm_and_130_of_two_interrupts(tmp_path):
     """The second interrupt comes while the first one's checkpoint is being written."""

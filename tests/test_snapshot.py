@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from resuming import SHORT, assert_same_state, last, saving, text
 from test_train import events, launch, make_trainer, settings
 
@@ -180,8 +181,9 @@ def test_curves_leave_out_what_was_lost(tmp_path):
 def test_ranks_may_change(shards, tmp_path):
     """2 ranks' snapshot is one rank's; 2 -> 2 is exact; 2 -> 1 and 1 -> 2 see the same windows, to the same losses."""
     options = (*SHORT, "train.run_id=r")
+    without_fault = {"entry": ROOT / "tests" / "faulty.py"}  # train_gpt.py without its 5 s for the code's bytes
     run(settings(shards, tmp_path / "one", *options))
-    two = launch(2, shards, tmp_path / "two", *options)
+    two = launch(2, shards, tmp_path / "two", *options, **without_fault)
     assert two.returncode == 0, two.stderr[-2000:]
     one, two = tmp_path / "one" / "r", tmp_path / "two" / "r"
     a, b = last(one), last(two)
@@ -196,7 +198,7 @@ def test_ranks_may_change(shards, tmp_path):
         if ranks == 1:
             run(settings(shards, run_dir.parent, *SHORT, f"train.resume={run_dir}"))
         else:
-            done = launch(ranks, shards, run_dir.parent, *SHORT, f"train.resume={run_dir}")
+            done = launch(ranks, shards, run_dir.parent, *SHORT, f"train.resume={run_dir}", **without_fault)
             assert done.returncode == 0, done.stderr[-2000:]
         got = [e["train_loss"] for e in events(run_dir, "step")]
         if source == two and ranks == 2:

@@ -155,6 +155,7 @@ def test_warm_up_leaves_no_trace(shards, tmp_path):
     assert losses(tmp_path / "none") == losses(tmp_path / "three")
 
 
+@pytest.mark.alone
 def test_wall_clock_cap_ends_the_run(shards, tmp_path):
     result = run(settings(shards, tmp_path, "train.iterations=100000", "train.max_wallclock_seconds=1.5",
                           "train.reserve_ms=500", "train.val_loss_every=0", "train.train_log_every=0"))  # fmt: skip
@@ -321,13 +322,13 @@ def test_phase_variants_restore_the_model(shards, tmp_path):
     assert all(getattr(m, "quant", None) is None for m in trainer.model.modules())
 
 
-def launch(n, shards, out, *overrides, timeout=120):
+def launch(n, shards, out, *overrides, entry=ROOT / "train_gpt.py", timeout=120):
     environ = {
         **os.environ, "PRESET": "smoke", "DATA_PATH": str(shards), "VOCAB_SIZE": str(VOCAB), "OMP_NUM_THREADS": "1",
         "TOKENIZER_PATH": str(shards / "tokenizer.model"),
     }  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-               str(ROOT / "train_gpt.py"), f"train.out_dir={out}", "train.device=cpu", *overrides]  # fmt: skip
+               str(entry), f"train.out_dir={out}", "train.device=cpu", *overrides]  # fmt: skip
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout, cwd=out.parent)
 
 

@@ -1,7 +1,12 @@
-"""Cases of the bigram op: the fronts of the presets and the other hash, trigrams and streams that may join."""
+"""Cases of the bigram op: the fronts of the presets, the other hash, trigrams and streams that may join, documents."""
 
 from __future__ import annotations
 
+import itertools
+
+import torch
+
+from pgolf.kernels._documents import document_reach
 from pgolf.kernels.bigram import bigram, bigram_ref
 
 from .case import PRODUCTION, B, Case, D, Make, T, V
@@ -14,6 +19,14 @@ SIZES = {
     "one": {"b": 1, "t": 1, "d": 4, "v": 1, "n": 3},
     "empty": {"b": 0, "t": 4, "d": 8, "v": 5, "n": 4},
 }
+SMALL = ("odd", "wide", "one", "empty")
+
+
+def reach(make: Make, b: int, t: int):
+    """Of documents of 1, 2, 3 and 7 tokens in turn: each kind of start, documents across two rows."""
+    edges = itertools.accumulate(itertools.cycle((1, 2, 3, 7)), initial=0)
+    starts = [*itertools.takewhile(lambda at: at < b * t, edges), b * t]
+    return document_reach(torch.tensor(starts, dtype=torch.int32), b, t).to(make.device)
 
 
 def case(
@@ -22,9 +35,10 @@ def case(
     trigram: bool = False,
     extra: bool = False,
     gate: bool = True,
-    preset: bool = True,
+    documents: bool = False,
+    sizes: tuple[str, ...] = tuple(SIZES),
 ) -> Case:
-    """preset: whether one of the presets starts like this; only then it is compiled ahead of time and timed."""
+    """sizes: with "production" if a preset's runs do this: then it is compiled ahead of time and timed."""
 
     def inputs(make: Make, b: int, t: int, d: int, v: int, n: int) -> dict:
         return {
@@ -35,6 +49,7 @@ def case(
             "trigram": trigram,
             "extra": make.randn(b, t, d) if extra else None,
             "gate": make.param(d) if gate else None,
+            "reach": reach(make, b, t) if documents else None,
             "eps": 1e-6,
         }
 
@@ -53,7 +68,7 @@ def case(
         inputs=inputs,
         fn=bigram,
         ref=bigram_ref,
-        sizes={name: size for name, size in SIZES.items() if preset or name not in (PRODUCTION, "collide")},
+        sizes={name: SIZES[name] for name in sizes},
         grads=("token_table", *with_rows, *with_extra, *with_gate),
         traffic=traffic,
     )
@@ -63,7 +78,8 @@ CASES = [
     case("tokens", hash=None, gate=False),
     case("xor"),
     case("trigram", trigram=True),
-    case("mul1009", hash="mul1009", gate=False, preset=False),
-    case("extra", hash=None, extra=True, preset=False),
-    case("all", trigram=True, extra=True, preset=False),
+    case("mul1009", hash="mul1009", gate=False, sizes=SMALL),
+    case("extra", hash=None, extra=True, sizes=SMALL),
+    case("documents", documents=True, sizes=(PRODUCTION, "odd")),
+    case("all", trigram=True, extra=True, documents=True, sizes=SMALL),
 ]

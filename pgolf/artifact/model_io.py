@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +16,20 @@ from pgolf.artifact.prune import prune
 from pgolf.errors import ArtifactError, ConfigError
 from pgolf.model.config import ModelConfig
 from pgolf.model.gpt import GPT
-from pgolf.model.roles import ParamInfo
+from pgolf.model.roles import ParamInfo, Role
 from pgolf.quant.config import QuantConfig
 from pgolf.quant.policy import quantize_state
 from pgolf.quant.records import Parts, dequantize
 
 MAX_LENGTH = 1 << 20  # positions that a loaded model makes rotary tables for
+
+
+class Loaded(NamedTuple):
+    """A reloaded artifact. extras: what `save_model` was given, tokenizer: sha256 of the tokenizer's file."""
+
+    model: GPT
+    extras: dict[str, Any]
+    tokenizer: str
 
 
 def save_model(
@@ -33,12 +42,15 @@ def save_model(
     diagonals: Mapping[str, Tensor] | None = None,
     code_bytes: int = 0,
     say: Callable[[str], None] = lambda text: None,
+    extras: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """Quantises and packs `model`'s parameters with what is needed to rebuild it.
+    """Quantises and packs `model`'s parameters with what is needed to rebuild it; adapters are no part of that.
 
     phase: entered with "quantise" while it does that, for a time ledger. given, diagonals: of `quantize_state`, as
     `pgolf.calibrate` found them. code_bytes: what else counts, for a pruning to a size. say: gets a line about that.
+    extras: JSON values that scoring needs besides the weights, as `load` gives them back.
     """
+    infos = [i for i in infos if i.role is not Role.ADAPT_ONLY]
     with phase("quantise"):
         state = {i.name: i.param.detach().float().cpu() for i in infos}
         records = quantize_state(state, infos, cfg, given, diagonals)
@@ -47,6 +59,7 @@ def save_model(
         "train_length": model.train_length,
         "max_length": model.max_length,
         "tokenizer": tokenizer_sha256,
+        **({"extras": dict(extras)} if extras else {}),
     }
     if cfg.prune:
         size = lambda kept: code_bytes + len(pack(kept, meta, cfg.codec, cfg.level))
@@ -57,7 +70,12 @@ def save_model(
 
 
 def load_model(data: bytes, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32) -> GPT:
-    """The model that `data` holds, in evaluation mode.
+    """The model of `load`."""
+    return load(data, device=device, compute_dtype=compute_dtype).model
+
+
+def load(data: bytes, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32) -> Loaded:
+    """What `data` holds, the model in evaluation mode.
 
     Raises ArtifactError when the bytes are damaged or do not describe a model of this version.
     """
@@ -72,7 +90,10 @@ def load_model(data: bytes, *, device: torch.device | str = "cpu", compute_dtype
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(weights[name])
-    return model.to(device).eval()
+    extras = meta.get("extras", {})
+    if not isinstance(extras, dict):
+        raise ArtifactError(f"artifact: its extras are a {type(extras).__name__}, expected an object")
+    return Loaded(model.to(device).eval(), extras, str(meta.get("tokenizer", "")))
 
 
 def _odd(got: dict[str, tuple], expected: dict[str, tuple]) -> str:

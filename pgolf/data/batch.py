@@ -13,7 +13,9 @@ class Batch:
 
     ids, targets: (B, T) int64, targets[b, t] is the token after ids[b, t].
     positions: (B, T) int64 position of each token in its sequence; None = 0..T-1 in every row.
-    cu_seqlens: (n+1,) int32 starts of packed document segments over the flattened B*T tokens; None = rows are whole.
+    cu_seqlens: (n+1,) int32 starts of packed documents over the flattened B*T tokens, and B*T; None = rows are whole.
+    Nothing looks across a start or the end of a row. To keep one length for all batches, so that a compiled model
+    compiles once, repeat B*T at the end: documents of no token.
     """
 
     ids: Tensor

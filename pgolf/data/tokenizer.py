@@ -7,7 +7,7 @@ a plain concatenation of the pieces' bytes, and `prove_bytes` fails when they di
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,8 @@ def sentencepiece():
     return sentencepiece
 
 
-def load_tokenizer(path: str | Path, vocab_size: int):
-    """The SentencePieceProcessor stored at `path`; it must have exactly `vocab_size` pieces. Raises DataError."""
+def load_tokenizer(path: str | Path, vocab_size: int | None):
+    """The SentencePieceProcessor stored at `path`, of exactly `vocab_size` pieces (None: any number). DataError."""
     path, spm = Path(path), sentencepiece()
     if not path.is_file():
         raise DataError(
@@ -47,7 +47,7 @@ def load_tokenizer(path: str | Path, vocab_size: int):
             f"{path} is no SentencePiece model: it looks like {kind} ({len(proto):,} bytes)\n"
             "fix: fetch the tokenizer again"
         ) from err
-    if pieces != vocab_size:
+    if vocab_size is not None and pieces != vocab_size:
         raise DataError(
             f"vocabulary sizes differ: {pieces} pieces in tokenizer {path}, {vocab_size} in model.embed.vocab_size\n"
             f"fix: set model.embed.vocab_size={pieces} (VOCAB_SIZE), or give the tokenizer of the shards"
@@ -90,6 +90,14 @@ class ByteTable:
         """Bytes of each target, int64, for integer arrays of one shape."""
         return self.base[targets].astype(np.int64) + (self.lead[targets] & ~self.boundary[prev])
 
+    def per_token(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of every token of a stream (n,) as a target: (n,) uint16; the first is no target and counts 0."""
+        out = np.zeros(len(tokens), np.uint16)
+        for i in range(0, len(tokens) - 1, CHUNK):
+            part = tokens[i : i + CHUNK + 1]
+            out[i + 1 : i + len(part)] = self.count(part[:-1], part[1:])
+        return out
+
     def torch(self, device="cpu") -> Callable:
         """The same count on tensors: (ids, targets) integer tensors of one shape on `device` -> int64 bytes."""
         import torch
@@ -113,36 +121,46 @@ def piece_bytes(sp) -> list[bytes]:
     return out
 
 
-def brute_force_bytes(sp, tokens: np.ndarray) -> int:
-    """Bytes of the targets tokens[1:], with no table: documents are put together and measured.
+def document_starts(sp, tokens: np.ndarray) -> np.ndarray:
+    """Where documents begin in a stream (n,): each BOS, and 0 even if the rest of an earlier document stands there."""
+    starts = np.flatnonzero(tokens == sp.bos_id())
+    return starts if (len(starts) and starts[0] == 0) or not len(tokens) else np.concatenate([[0], starts])
 
-    tokens: (n,) integers. Each document is the concatenation of its pieces' bytes; one leading space right after BOS is
-    free. Nothing is decoded to a string, because an undecodable byte would become the three bytes of U+FFFD (PR #1271).
-    Before the first BOS stands the rest of an earlier document, of which the very first token is no target.
+
+def document_texts(sp, tokens: np.ndarray) -> Iterator[bytes]:
+    """The concatenated bytes of the pieces of each document, without the token at its start.
+
+    Nothing is decoded to a string, because an undecodable byte would become the three bytes of U+FFFD (PR #1271).
     """
-    pieces, tokens = piece_bytes(sp), np.asarray(tokens)
-    starts = np.flatnonzero(tokens == sp.bos_id()).tolist()
-    total = 0
-    for i, start in enumerate([0, *starts]):
-        end = starts[i] if i < len(starts) else len(tokens)
-        if start == end:
-            continue
-        text = b"".join(pieces[t] for t in tokens[start + 1 : end].tolist())
-        total += len(text) - (tokens[start] == sp.bos_id() and text.startswith(b" "))
-    return int(total)
+    pieces, starts = piece_bytes(sp), document_starts(sp, tokens).tolist()
+    for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        yield b"".join([pieces[t] for t in tokens[start + 1 : end].tolist()])
+
+
+def document_bytes(sp, tokens: np.ndarray) -> np.ndarray:
+    """Bytes of the targets of each document of tokens (n,), with no table: (documents,) int64.
+
+    A document is put together and measured; one leading space right after BOS is free. Before the first BOS stands the
+    rest of an earlier document, of which the very first token is no target.
+    """
+    begun = tokens[document_starts(sp, tokens)] == sp.bos_id()
+    texts = document_texts(sp, tokens)
+    counts = [len(text) - (bos and text.startswith(b" ")) for bos, text in zip(begun.tolist(), texts, strict=True)]
+    return np.array(counts, dtype=np.int64)
+
+
+def brute_force_bytes(sp, tokens: np.ndarray) -> int:
+    """Bytes of the targets tokens[1:], with no table: the sum of `document_bytes`."""
+    return int(document_bytes(sp, np.asarray(tokens)).sum())
 
 
 def prove_bytes(sp, table: ByteTable, tokens: np.ndarray) -> int:
-    """Counts the bytes of tokens[1:] on both paths and returns the number. About 0.1 s per million tokens.
+    """Counts the bytes of tokens[1:] on both paths, document by document. Their number. 0.1 s per million tokens.
 
     Raises DataError when the vocabulary has no lone space (it would cost three byte pieces, PR #897), when the table
-    gives a byte piece another count than 1, when an id has no entry, or when the paths differ by one byte.
+    gives a byte piece another count than 1, when an id has no entry, or when a document's counts differ by one byte.
     """
-    if sp.piece_to_id(SPACE_MARK) == sp.unk_id():
-        raise DataError(
-            f'bytes cannot be proven: the tokenizer has no lone "{SPACE_MARK}" piece, so a single space becomes byte '
-            "pieces\nfix: use a tokenizer whose vocabulary has it (the published ones do)"
-        )
+    check_pieces(sp)
     wrong = [i for i in range(sp.vocab_size()) if sp.is_byte(i) and table.base[i] + table.lead[i] != 1]
     if wrong:
         raise DataError(
@@ -150,28 +168,45 @@ def prove_bytes(sp, table: ByteTable, tokens: np.ndarray) -> int:
             f"{table.base[wrong[0]] + table.lead[wrong[0]]} bytes, expected 1\nfix: rebuild the byte table"
         )
     tokens = np.asarray(tokens)
+    check_top(sp, tokens)
+    starts = document_starts(sp, tokens)
+    if not len(starts):
+        return 0
+    by_table = np.add.reduceat(table.per_token(tokens), starts, dtype=np.int64)
+    by_hand = document_bytes(sp, tokens)
+    if not np.array_equal(by_table, by_hand):
+        raise DataError(_difference(sp, table, starts, by_table, by_hand))
+    return int(by_hand.sum())
+
+
+def check_pieces(sp) -> None:
+    """DataError when the vocabulary has no lone space."""
+    if sp.piece_to_id(SPACE_MARK) == sp.unk_id():
+        raise DataError(
+            f'bytes cannot be proven: the tokenizer has no lone "{SPACE_MARK}" piece, so a single space becomes byte '
+            "pieces\nfix: use a tokenizer whose vocabulary has it (the published ones do)"
+        )
+
+
+def check_top(sp, tokens: np.ndarray) -> None:
+    """DataError when an id is none of the tokenizer's."""
     top = int(tokens.max(initial=0))
     if top >= sp.vocab_size():
         raise DataError(
             f"bytes cannot be proven: token id {top} in the split, but the tokenizer has {sp.vocab_size()} pieces\n"
             "fix: give the tokenizer that made the shards (data.tokenizer_path)"
         )
-    by_table = 0
-    for i in range(0, len(tokens) - 1, CHUNK):
-        part = tokens[i : i + CHUNK + 1]
-        by_table += int(table.count(part[:-1], part[1:]).sum())
-    by_hand = brute_force_bytes(sp, tokens)
-    if by_table != by_hand:
-        raise DataError(_difference(sp, table, by_table, by_hand))
-    return by_hand
 
 
-def _difference(sp, table: ByteTable, by_table: int, by_hand: int) -> str:
+def _difference(sp, table: ByteTable, starts: np.ndarray, by_table: np.ndarray, by_hand: np.ndarray) -> str:
     """The message for two different counts, with the pieces to blame where single pieces are."""
     bad = [(i, len(b)) for i, b in enumerate(piece_bytes(sp)) if table.base[i] + table.lead[i] != len(b)]
     blame = "; ".join(f"{sp.id_to_piece(i)!r} is {n} bytes, table {table.base[i] + table.lead[i]}" for i, n in bad[:3])
+    first, off = int(np.argmax(by_table != by_hand)), int(by_table.sum() - by_hand.sum())
     return (
-        f"bytes cannot be proven: the table counts {by_table:,}, the pieces' own bytes are {by_hand:,} "
-        f"({by_table - by_hand:+,}); {blame or 'single pieces agree, so a special token stands inside a document'}\n"
+        f"bytes cannot be proven: the table counts {by_table.sum():,}, the pieces' own bytes are {by_hand.sum():,} "
+        f"({off:+,}); {blame or 'single pieces agree, so a special token stands inside a document'}\n"
+        f"first in document {first:,}, which begins at token {starts[first]:,}: table {by_table[first]:,}, "
+        f"pieces {by_hand[first]:,}\n"
         "fix: build the table from the tokenizer that made the shards; without proof report val_loss only"
     )

@@ -85,6 +85,7 @@ class Evaluator:
     component = "neural"  # its name in ledgers
     packed = False  # several spans a row, kept apart by cu_seqlens
     learns_together = False  # adapt_block does something
+    least_rows = 1  # of every batch; `start` may set it
 
     def __init__(self, seq_len: int, batch_tokens: int = 524288, order: Order = STREAM):
         """seq_len: T of every row. batch_tokens: tokens forwarded at a time, over all ranks together."""
@@ -114,6 +115,10 @@ class Evaluator:
         most = max(self.batch_tokens // (world_size * self.seq_len), 1)
         rows = max(-(-len(share) // max(-(-len(share) // most), 1)), 1)
         return [share[first : first + rows] for first in range(0, len(share), rows)]
+
+    def places(self, spans: Sequence[Span]) -> Sequence[tuple[int, int]] | None:
+        """(row, first column) of each span of a batch, rows ascending; None = one after the other."""
+        return None
 
     def score(self, batch: SpanBatch, neural: Scores) -> Tensor:
         """Nats fp32 of the batch's index, padding included. Sees no state that later targets have touched."""
@@ -171,8 +176,8 @@ def evaluate(
             " (and one whole window in truncated mode): use a longer val split or a smaller eval.seq_len"
         )
     run = _Run(evaluator, neural, stream[: n_targets + 1], byte_counts, dist, val_bytes, readers)
-    evaluator.start(torch.from_numpy(run.stream.astype(np.int64)), n_targets, neural, dist)
     try:
+        evaluator.start(torch.from_numpy(run.stream.astype(np.int64)), n_targets, neural, dist)
         run.go(progress, watch, keep)
     finally:
         evaluator.finish()
@@ -233,7 +238,11 @@ class _Run:
     def one(self, spans: Sequence[Span]) -> None:
         """Score -> meter -> readers -> adapt."""
         ev = self.evaluator
-        part = gather(self.stream, spans, ev.seq_len, self.dist.device, packed=ev.packed, widest=self.widest)
+        self.widest.rows = max(self.widest.rows, ev.least_rows)
+        part = gather(
+            self.stream, spans, ev.seq_len, self.dist.device,
+            packed=ev.packed, widest=self.widest, places=ev.places(spans),
+        )  # fmt: skip
         probs = None
         with torch.no_grad():  # not inference_mode: its tensors could never be trained on by adapt()
             if any(r.needs_probs for r in self.readers):

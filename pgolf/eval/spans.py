@@ -58,10 +58,20 @@ class Widest:
 
 
 def gather(
-    stream: np.ndarray, spans: Sequence[Span], width: int, device: torch.device, *, packed: bool, widest: Widest
+    stream: np.ndarray,
+    spans: Sequence[Span],
+    width: int,
+    device: torch.device,
+    *,
+    packed: bool,
+    widest: Widest,
+    places: Sequence[tuple[int, int]] | None = None,
 ) -> SpanBatch:
-    """Cuts the spans out of the stream. Target i is token i+1, so each row needs one token beyond its end."""
-    places = place(spans, width, packed)
+    """Cuts the spans out of the stream. Target i is token i+1, so each row needs one token beyond its end.
+
+    places: (row, first column) of each span, rows ascending; None = where `place` puts them.
+    """
+    places = place(spans, width, packed) if places is None else places
     rows = widest.rows = max(widest.rows, places[-1][0] + 1)
     cut = np.zeros((2, rows, width), dtype=np.int64)
     index, scored = [], []
@@ -73,7 +83,8 @@ def gather(
         index.append(np.arange(first + score_from, first + end))
         scored.append(np.arange(score_from, end))
     index, scored = np.concatenate(index), np.concatenate(scored)
-    widest.index = max(widest.index, len(index))
+    # packed, every batch has another number of targets, and all of its positions is the most that there can be
+    widest.index = max(widest.index, rows * width if packed else len(index))
     padded = torch.from_numpy(np.pad(index, (0, widest.index - len(index))))
     ids, targets = torch.from_numpy(cut).to(device).unbind()
     starts = segments(spans, places, rows, width, widest).to(device) if packed else None

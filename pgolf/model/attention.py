@@ -58,11 +58,13 @@ class Attention(nn.Module):
         nn.init.constant_(self.gain, self.gain_init)
 
     def project(self, x: Tensor) -> Tensor:
-        """(B, T, (H + 2K) d): q, k, v side by side, one GEMM unless an adapter sits in one of the three."""
+        """(B, T, (H + 2K) d): q, k, v side by side, one GEMM; what adapters of the three add comes behind it."""
         parts = (self.q, self.k, self.v)
+        qkv = F.linear(x, torch.cat([p.effective_weight(x.dtype) for p in parts]))
         if all(p.adapter is None for p in parts):
-            return F.linear(x, torch.cat([p.effective_weight(x.dtype) for p in parts]))
-        return torch.cat([p(x) for p in parts], dim=-1)
+            return qkv
+        cut = qkv.split([len(p.weight) for p in parts], dim=-1)
+        return torch.cat([p.adapted(y, x) for p, y in zip(parts, cut, strict=True)], dim=-1)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         qkv = self.project(x)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pgolf.kernels._documents import document_reach
 from pgolf.kernels.bigram import bigram, bigram_index, shifted, trigram_index
 from pgolf.model.config import BigramConfig, InitConfig, ModelConfig, TrigramConfig
 from pgolf.model.linear import SideLinear
@@ -37,12 +38,13 @@ class HashTable(nn.Module):
 class Trigram(HashTable):
     """Trigram table of its own: row (17911 x_{t-2} + 36313 x_{t-1} + 27191 x_t) mod (rows - 1). (B, T) -> (B, T, D)."""
 
-    def index(self, ids: Tensor) -> Tensor:
-        """The row that each token takes."""
-        return (17911 * shifted(ids, 2) + 36313 * shifted(ids, 1) + 27191 * ids) % (self.table.shape[0] - 1)
+    def index(self, ids: Tensor, reach: Tensor | None = None) -> Tensor:
+        """The row that each token takes; x_{t-1}, x_{t-2} are 0 where `reach`, the op's, ends."""
+        before = 17911 * shifted(ids, 2, reach) + 36313 * shifted(ids, 1, reach)
+        return (before + 27191 * ids) % (self.table.shape[0] - 1)
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(self.index(ids), self.rows(dtype))
+    def forward(self, ids: Tensor, dtype: torch.dtype, reach: Tensor | None = None) -> Tensor:
+        return F.embedding(self.index(ids, reach), self.rows(dtype))
 
 
 class Smear(nn.Module):
@@ -60,7 +62,10 @@ class Smear(nn.Module):
 
 
 class Embed(nn.Module):
-    """ids (B, T) -> the normed, smeared stream (B, T, D) that blocks start from and mix back in."""
+    """ids (B, T) -> the normed, smeared stream (B, T, D) that blocks start from and mix back in.
+
+    Hashes and smear look back inside a token's own document only: where cu_seqlens has a start is as at position 0.
+    """
 
     roles = {"weight": Role.EMBED}
 
@@ -79,24 +84,27 @@ class Embed(nn.Module):
     def init_(self, cfg: InitConfig, gen: torch.Generator) -> None:
         nn.init.normal_(self.weight, std=self.std, generator=gen)
 
-    def table_rows(self, ids: Tensor) -> Iterator[tuple[HashTable, Tensor]]:
+    def table_rows(self, ids: Tensor, cu_seqlens: Tensor | None = None) -> Iterator[tuple[HashTable, Tensor]]:
         """Each hashed table with the rows that the tokens `ids` take from it; a table may come twice."""
+        reach = None if cu_seqlens is None else document_reach(cu_seqlens, *ids.shape)
         if self.bigram is not None:
             rows = self.bigram.table.shape[0]
-            yield self.bigram, bigram_index(ids, rows, self.hash)
+            yield self.bigram, bigram_index(ids, rows, self.hash, reach)
             if self.shared_trigram:
-                yield self.bigram, trigram_index(ids, rows)
+                yield self.bigram, trigram_index(ids, rows, reach)
         if self.trigram is not None:
-            yield self.trigram, self.trigram.index(ids)
+            yield self.trigram, self.trigram.index(ids, reach)
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, ids: Tensor, dtype: torch.dtype, cu_seqlens: Tensor | None = None) -> Tensor:
+        reach = None if cu_seqlens is None else document_reach(cu_seqlens, *ids.shape)
         return bigram(
             ids,
             self.weight.to(dtype),
             None if self.bigram is None else self.bigram.rows(dtype),
             hash=self.hash,
             trigram=self.shared_trigram,
-            extra=None if self.trigram is None else self.trigram(ids, dtype),
+            extra=None if self.trigram is None else self.trigram(ids, dtype, reach),
             gate=None if self.smear is None else self.smear.gate,
+            reach=reach,
             eps=self.eps,
         )

@@ -25,7 +25,8 @@ class GPT(nn.Module):
 
     train_length fixes the rotary base (NTK); max_length is the longest row it will be given (default train_length).
     compute_dtype is the dtype of activations; tables that are gathered from are stored in it, all else stays fp32.
-    fold_scales multiplies the blocks' output scales into weights, see `Block`.
+    fold_scales multiplies the blocks' output scales into weights, see `Block`. Slot `head_adapter`: None or a module
+    that adds to the logits, from the normed stream; the head may be tied or not.
     Weights are uninitialised until `init_weights`.
     """
 
@@ -50,6 +51,7 @@ class GPT(nn.Module):
         self.skips = Skips(joins, cfg.dim, cfg.plan.skips.gated) if joins else None
         self.backout = Backout(cfg.wiring.backout.init) if cfg.wiring.backout else None
         self.head = None if cfg.embed.tied else HeadLinear(cfg.dim, cfg.embed.vocab_size)
+        self.register_module("head_adapter", None)
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(0), persistent=False)
         self.set_rope_()
@@ -81,7 +83,7 @@ class GPT(nn.Module):
         ctx = Context(ids, cos, sin, batch.cu_seqlens)
         if self.value_table is not None:
             ctx.value_embed = self.value_table(ids, self.compute_dtype)
-        x0 = self.embed(ids, self.compute_dtype)
+        x0 = self.embed(ids, self.compute_dtype, batch.cu_seqlens)
         x, owed = Stream.of(x0), None  # owed: the slot of an output that is read later and not summed yet
         kept: dict[int, Tensor] = {}
         for step, after in zip(self.plan, (*self.plan[1:], None), strict=True):
@@ -104,8 +106,10 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, V), before the softcap."""
         if self.head is not None:
-            return self.head(hidden)
-        return F.linear(hidden, self.embed.weight.to(hidden.dtype))
+            logits = self.head(hidden)
+        else:
+            logits = F.linear(hidden, self.embed.weight.to(hidden.dtype))
+        return logits if self.head_adapter is None else logits + self.head_adapter(hidden)
 
     def forward(self, batch: Batch, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """Per-token nats (B, T) fp32, logits before the softcap (B, T, V), and per-token entropy (B, T) if asked."""

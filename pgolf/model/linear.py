@@ -16,7 +16,8 @@ class Linear(nn.Module):
     """y = x W^T, no bias. W (out, in) fp32.
 
     Slots, both `None` or a module: `quant` maps the weight (fake quantisation), `adapter` adds a low-rank path. Putting
-    a module in a slot is visible to torch.compile; flipping a Python flag is not reliably so.
+    a module in a slot is visible to torch.compile; flipping a Python flag is not reliably so. Whoever computes the
+    product elsewhere, fused with others, puts `adapted` behind it.
 
     cast: the compute weight, when somebody keeps one outside the graph (`pgolf.quant.weight_cast`); it then is what the
     product sees, fake quantisation and row scale included, and what collects the gradient.
@@ -55,14 +56,18 @@ class Linear(nn.Module):
         """From here on y's channels are scaled by `scale` (out,), through the rows of the weight."""
         self.row_scale = (scale,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.effective_weight(x.dtype))
-        if self.adapter is None:
-            return y
-        extra = self.adapter(x)
+    def scaled(self, extra: Tensor) -> Tensor:
+        """What joins the product's output, times what scales the product's rows."""
         for scale in self.row_scale:
-            extra = extra * scale.to(x.dtype)
-        return y + extra
+            extra = extra * scale.to(extra.dtype)
+        return extra
+
+    def adapted(self, y: Tensor, x: Tensor) -> Tensor:
+        """y, the product of x and the weight, with what the adapter adds."""
+        return y if self.adapter is None else y + self.scaled(self.adapter(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapted(F.linear(x, self.effective_weight(x.dtype)), x)
 
 
 class SideLinear(Linear):

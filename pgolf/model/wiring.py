@@ -21,6 +21,9 @@ class Block(nn.Module):
 
     m (2, D) starts at (1, 0), a and b (D,) at 1; l0, l1 are 1 unless residual lambdas are on. With fold_scales a and b
     are multiplied into the rows of the output projections: the same numbers but for rounding.
+
+    Slots, `None` or a module: `attn_adapter` and `mlp_adapter` add a path beside the whole sublayer, from its normed
+    input to its output.
     """
 
     roles = {
@@ -35,6 +38,8 @@ class Block(nn.Module):
         self.block_index = index
         self.attn = Attention(cfg, index)
         self.mlp = ACTIVATIONS[cfg.mlp.activation](cfg)
+        self.register_module("attn_adapter", None)
+        self.register_module("mlp_adapter", None)
         self.attn_scale = nn.Parameter(torch.empty(cfg.dim))
         self.mlp_scale = nn.Parameter(torch.empty(cfg.dim))
         self.resid_mix = nn.Parameter(torch.empty(2, cfg.dim))
@@ -69,13 +74,23 @@ class Block(nn.Module):
         m0, m1 = self.resid_mix[0], self.resid_mix[1]
         return x.mixed(m0, x0, m1, keep=keep, eps=self.eps, norm_scale=self.norm_scale)
 
+    def attend(self, n: Tensor, ctx: Context) -> Tensor:
+        """The attention sublayer with what is beside it, (B, T, D)."""
+        y = self.attn(n, ctx)
+        return y if self.attn_adapter is None else y + self.attn.out.scaled(self.attn_adapter(n))
+
+    def feed(self, n: Tensor) -> Tensor:
+        """The MLP sublayer with what is beside it, (B, T, D)."""
+        y = self.mlp(n)
+        return y if self.mlp_adapter is None else y + self.mlp.down.scaled(self.mlp_adapter(n))
+
     def forward(self, u: Tensor, n: Tensor, ctx: Context) -> Stream:
         (l0, l1), (a_scale, b_scale) = self.lambdas(), self.scales()
-        a = self.attn(n, ctx)
+        a = self.attend(n, ctx)
         if self.sandwich:
             a = rms_norm(a, self.eps)
         h, n = Stream((u, a), (l0, a_scale)).normed(self.eps, self.norm_scale)
-        return Stream((h, self.mlp(n)), (l1, b_scale))
+        return Stream((h, self.feed(n)), (l1, b_scale))
 
 
 class ParallelBlock(Block):
@@ -90,7 +105,7 @@ class ParallelBlock(Block):
         return (None, None) if self.resid_lambda is None else (self.resid_lambda[0], None)
 
     def forward(self, u: Tensor, n: Tensor, ctx: Context) -> Stream:
-        return Stream((u, self.attn(n, ctx), self.mlp(n)), (self.lambdas()[0], *self.scales()))
+        return Stream((u, self.attend(n, ctx), self.feed(n)), (self.lambdas()[0], *self.scales()))
 
 
 class Skips(nn.Module):

@@ -1,8 +1,8 @@
 """Hessians of linear layers: the mean of x x^T over the inputs x that they see while batches go through the model.
 
-An observer sits in a layer's adapter slot, where fused regions fall back to their unfused form; a hook on the module
-would see nothing of layers whose weights are read by a fused product. The projection of a table is another case: its
-input is the whole table, whoever takes which row, so that its rows are counted by the tokens that take them.
+An observer sits in a layer's adapter slot: fused regions call it, or fall back to their unfused form; a hook on the
+module would see nothing of layers whose weights are read by a fused product. The projection of a table is another case:
+its input is the whole table, whoever takes which row, so that its rows are counted by the tokens that take them.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Hessians:
             if self.model.head is not None:
                 self.model.logits(hidden)
         self.grams.last = None  # the input's memory
-        for table, rows in table_rows(self.model, batch.ids):
+        for table, rows in table_rows(self.model, batch):
             for name in [n for n, t in self.tables.items() if t is table]:
                 self.uses[name].index_add_(0, rows.flatten(), torch.ones_like(rows, dtype=torch.float32).flatten())
 
@@ -121,8 +121,8 @@ def tables_of(model: GPT) -> dict[str, HashTable | ValueTable]:
     return {f"{name}.proj.weight": module for name, module in found}
 
 
-def table_rows(model: GPT, ids: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Projected tables with the rows that the tokens `ids` take from them; a table may come twice."""
-    yield from model.embed.table_rows(ids)
+def table_rows(model: GPT, batch: Batch) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Projected tables with the rows that the tokens of `batch` take from them; a table may come twice."""
+    yield from model.embed.table_rows(batch.ids, batch.cu_seqlens)
     if model.value_table is not None:
-        yield model.value_table, ids
+        yield model.value_table, batch.ids

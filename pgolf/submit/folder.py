@@ -64,6 +64,17 @@ class Folder:
     def text(self, name: str) -> str:
         return self.read(name).decode("utf-8", "replace")
 
+    @property
+    def audit_tests(self) -> dict[str, Any]:
+        """The tests of the audit's report by name; none where there is no report, or one of another make."""
+        tests = self.audit.get("tests") if self.audit else None
+        return tests if isinstance(tests, dict) else {}
+
+    def audit_status(self, name: str) -> str | None:
+        """Of one test in the audit's report, as in "passed"."""
+        test = self.audit_tests.get(name)
+        return test.get("status") if isinstance(test, dict) else None
+
     @cached_property
     def helpers(self) -> list[str]:
         """Other Python files here that the script imports or opens by name: they are part of the code."""

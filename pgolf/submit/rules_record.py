@@ -13,6 +13,7 @@ from pgolf.submit.rules import Finding, Rule, fail, ok, record_only, skip, warn
 NO_RECORD = f"{NAME} cannot be read, see PG171"
 SEEDS = 3
 TUNED_ON = ("train", "nothing")  # held-out training text, or settings taken as they were
+NEEDED = ("substitution", "future", "noise", "prefix", "controls")  # tests of an audit that every scorer can be put to
 JUMP = 0.02  # bits per byte: more than any record gained over the one before it without a mistake
 
 
@@ -125,7 +126,12 @@ def audit(f: Folder) -> Finding:
         return fail(f"{AUDIT}: passed is {f.audit.get('passed')!r}")
     if not f.manifest or f.audit.get("code_sha256") != f.manifest.get("sha256"):
         return fail(f"{AUDIT} is of other code: its code_sha256 is not the script's")
-    return ok("the audit of this script passed")
+    if bad := [name for name in f.audit_tests if f.audit_status(name) not in ("passed", "skipped")]:
+        return fail(f"{AUDIT}: passed is true, but not the test {', '.join(bad)}")
+    of = f"the audit of this script passed, of the scorer {str(f.audit.get('scorer', 'without a name'))[:80]}"
+    if missing := [name for name in NEEDED if f.audit_status(name) != "passed"]:
+        return warn(f"{of}, but without the test {', '.join(missing)}", "python -m pgolf audit NAME --json FILE")
+    return ok(of)
 
 
 def comparison(f: Folder) -> Finding:
@@ -156,9 +162,9 @@ def plausible(f: Folder) -> Finding:
     if not r or r.val_bpb is None or not base:
         return skip("there is no baseline to compare with")
     gain = fmean(base) - r.val_bpb
-    if gain > JUMP and not (f.audit and f.audit.get("passed") is True):
+    if gain > JUMP and not (f.audit and f.audit.get("passed") is True and f.audit_status("noise") == "passed"):
         return fail(
-            f"{gain:.4f} bits per byte better than its baseline, without an audit of the scorer",
+            f"{gain:.4f} bits per byte better than its baseline, without an audit of the scorer on noise",
             "such a jump was a mistake in most cases: show that noise scores like noise (--audit)",
         )
     return ok(f"{gain:+.4f} bits per byte against its baseline" + (", audited" if gain > JUMP else ""))

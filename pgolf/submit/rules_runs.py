@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from pgolf.data.official import DOCUMENTS, NORMALISED_BYTES, OFFICIAL, leak_mark
 from pgolf.result import LIMIT
 from pgolf.submit.folder import Folder
 from pgolf.submit.record import NAME
@@ -11,10 +12,9 @@ from pgolf.submit.rules import Finding, Rule, fail, ok, record_only, skip, warn
 
 SECONDS = 600.0
 HEADROOM = 10_000  # bytes; sizes differ from seed to seed by more than this
-DOCUMENTS = 50_000  # of the official validation split
 # bytes per token of the validation split in published exports: what val_loss / (val_bpb ln 2) comes to
-EXPORTS = {"sp1024": 2.435930, "sp4096": 3.319681, "sp8192": 3.726631, "case-operator sp8192": 3.157152}
-SUM_BYTES, NEAR = 151_077_000, 1e-4  # original bytes of the split, which no tokenizer may change
+EXPORTS = {export.name: export.bytes_per_token for export in OFFICIAL}
+NEAR = 1e-4  # truncation to whole sequences takes half of it
 NO_LOGS = "the folder has no log of a run, see PG181"
 # what a log of the challenge has, and the pattern that finds it
 LINES = {
@@ -158,9 +158,9 @@ def byte_sum(f: Folder) -> Finding:
     """From the logs' own count; else from the two scores, whose ratio is the bytes per token."""
     sums = {log.name: log.number("target_bytes") for log in f.logs if log.number("target_bytes")}
     if sums:
-        if bad := {n: s for n, s in sums.items() if abs(s / SUM_BYTES - 1) > NEAR}:
+        if bad := {n: s for n, s in sums.items() if abs(s / NORMALISED_BYTES - 1) > NEAR}:
             name, found = next(iter(bad.items()))
-            return record_only(f, f"{name}: {found:,} bytes, the official split has {SUM_BYTES:,} within 0.01 %")
+            return record_only(f, f"{name}: {found:,} bytes, the official split has {NORMALISED_BYTES:,} within 0.01 %")
         return ok(f"{max(sums.values()):,} bytes, as the official split has")
     ratios = {log.name: log.bytes_per_token for log in f.logs if log.bytes_per_token}
     if not ratios and f.record and f.record.val_loss and f.record.val_bpb:
@@ -194,6 +194,11 @@ def tokenizer(f: Folder) -> Finding:
 
 
 def transform(f: Folder) -> Finding:
+    proven = [log.name for log in f.logs if re.search(r"byte sidecar: [\d,]+ bytes in [\d,]+ documents", log.text)]
+    if proven and len(proven) < len(f.logs):
+        return fail(f"only {', '.join(proven)} was scored with a byte sidecar", "score all seeds on one export")
+    if proven:
+        return ok("each run proved its byte sidecar document by document; `pgolf data check --all` turns the text back")
     # a bundle of pgolf names what it does not have; others' scripts use what they name
     scripts = [] if f.is_ours or f.script is None else f.script.files.values()
     if any(re.search(r"caseops|fineweb_val_bytes|byte_sidecar", text, re.I) for text in [*scripts, *_texts(f)]):
@@ -207,6 +212,8 @@ def _texts(f: Folder) -> list[str]:
 
 def order(f: Folder) -> Finding:
     adapting = [log.name for log in f.logs if re.search(r"\bttt\b|\blegal_ttt|phase:adapt|test-time", log.text, re.I)]
+    if adapting and f.audit and f.audit.get("passed") is True and f.audit_status("ledger") == "passed":
+        return ok(f"{adapting[0]} adapts during evaluation; the audit's ledger has scores first")
     if adapting:
         return skip(f"{adapting[0]} adapts during evaluation; that scores come first does not show in a log")
     return ok("evaluation without adaptation") if f.logs else skip(NO_LOGS)
@@ -233,14 +240,13 @@ def first_token(f: Folder) -> Finding:
 
 def shards(f: Folder) -> Finding:
     """A widely copied script once put 80 % of validation into training; its shards have 10 M tokens."""
-    if any("datasets/datasets" in text for text in _texts(f)):
-        return fail("a data path with datasets/datasets: the export whose training shards hold validation documents")
+    if marks := {leak_mark(text, 0) for text in _texts(f)} - {""}:
+        return fail(marks.pop())
     counts = {n for log in f.logs if (n := log.number("train_shards") or log.train_shards)}
     if not counts:
         return skip("the logs do not say how many training shards there were")
-    if max(counts) > 1000:
-        return fail(f"{max(counts)} training shards: an export of 10 M tokens a shard, whose training data held "
-                    "validation documents", "train on a published export")  # fmt: skip
+    if mark := leak_mark("", max(counts)):
+        return fail(mark, "train on a published export")
     return ok(f"{', '.join(map(str, sorted(counts)))} training shards")
 
 

@@ -28,6 +28,8 @@ NUMBERS = (
     "train_seconds",
     "val_bpb",
     "val_loss",
+    "val_bpb_final",
+    "val_loss_final",
     "artifact_bytes",
     "code_bytes",
     "total_bytes",
@@ -85,9 +87,7 @@ def load(path: Path) -> Run:
         )
     if hashlib.sha256(script).hexdigest() != facts["code_sha256"]:
         raise ArtifactError(f"{path}: {FILES['script']} is not the script that ran: its hash is not result.json's")
-    sliding = facts.get("val_bpb_sliding") is not None
-    score = facts["val_bpb_sliding" if sliding else "val_bpb_artifact"]
-    return Run(path, facts, log, script, score, facts["val_loss_sliding" if sliding else "val_loss_artifact"])
+    return Run(path, facts, log, script, facts["val_bpb_final"], facts["val_loss_final"])
 
 
 def unfit(runs: Sequence[Run], seeds: int, is_record: bool) -> tuple[list[str], list[str]]:

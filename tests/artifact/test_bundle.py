@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import made
 
 from pgolf.artifact import minify, script
 from pgolf.artifact.bundle import COPY, ENTRY, bundle, code_bytes, made_by
@@ -240,9 +241,9 @@ def test_stripping_keeps_every_file_of_this_repository(root):
 
 def test_minifying_keeps_what_others_see_of_every_file(root):
     pytest.importorskip("python_minifier", reason="python-minifier is not installed")
-    for path in closure(ENTRY):
-        literal = path.parent.name == "kernels"
-        before, after = ast.parse(strip(path)), ast.parse(minify.small(path, literal=literal))
+    for name, text in made().files.items():
+        path, literal = root / name, name.startswith("kernels/")
+        before, after = ast.parse(strip(path)), ast.parse(text)
         assert interface(before) == interface(after)
         assert not literal or ast.dump(before) == ast.dump(after), "Triton reads names and annotations"
 
@@ -320,7 +321,7 @@ def test_bombs_and_what_is_no_python_are_refused(monkeypatch):
 @pytest.mark.slow
 def test_the_real_entry_describes_itself_from_its_bundle(tmp_path):
     path = tmp_path / "bundle.py"
-    path.write_bytes(bundle())
+    path.write_bytes(made().data)
     assert len(path.read_bytes()) == code_bytes()
     plain = run(ENTRY, "--describe", cwd=ENTRY.parent, temp=tempfile.gettempdir())
     packed = run(path, "--describe", cwd=tmp_path, temp=tmp_path)

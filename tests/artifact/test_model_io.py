@@ -9,6 +9,7 @@ from pgolf.data.batch import Batch
 from pgolf.errors import ArtifactError
 from pgolf.model.config import AttentionConfig, BigramConfig, EmbedConfig, ModelConfig, PlanConfig, SmearConfig
 from pgolf.model.gpt import GPT
+from pgolf.model.lora import TARGETS, attach
 from pgolf.model.roles import Role, roles_of
 from pgolf.quant.config import QuantConfig
 
@@ -43,6 +44,14 @@ def test_float_round_trip_is_exact_but_for_vectors_which_are_fp16():
             stored = info.param.half().float() if info.role is Role.VECTOR else info.param
             assert torch.equal(loaded[info.name], stored), info.name
         torch.testing.assert_close(load_model(data)(batch)[0], net(batch)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_adapters_are_no_part_of_an_artifact():
+    net, data = packed()
+    for lora in attach(net, TARGETS, rank=2, alpha=2.0, slots=3, seed=0):
+        torch.nn.init.ones_(lora.b)
+    again = save_model(net, roles_of(net), QuantConfig(codec="zlib", level=6), "abc")
+    assert again == data and load_model(again).cfg == net.cfg
 
 
 def test_loaded_model_evaluates_at_its_longest_length():

@@ -87,6 +87,7 @@ def test_a_failing_job_takes_nothing_with_it(jobs, tmp_path):
     assert parts["tune"]["status"] == "not run" and parts["tune"]["reason"] == "no_gpu: needs a GPU"
 
 
+@pytest.mark.alone
 def test_time_is_shared_out(jobs, tmp_path):
     """A job that hangs is ended, its part's further jobs are not begun, and the next part has its time."""
     jobs(attention=["hang", "good"])

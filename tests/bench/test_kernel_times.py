@@ -199,6 +199,7 @@ def test_without_benchmark_only_nothing_runs(root):
     assert "benchmarks run with --benchmark-only" in done.stdout and " passed" not in done.stdout
 
 
+@pytest.mark.alone
 def test_benchmark_only_measures_and_reports(root, tmp_path):
     file = tmp_path / "out.json"
     args = ("--benchmark-only", "--bench-size", "small", "--bench-rounds", "2", "--bench-device", "cpu")

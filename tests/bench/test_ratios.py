@@ -64,6 +64,7 @@ def test_one_bad_try_is_forgiven(clock):
     assert ratio.value == pytest.approx(0.5)
 
 
+@pytest.mark.alone
 def test_slow_candidate_fails_in_real_time():
     work = lambda n: lambda: sum(range(n))
     with pytest.raises(AssertionError, match="at most 1"):
@@ -74,6 +75,11 @@ def test_slow_candidate_fails_in_real_time():
 def test_sides_take_turns(clock):
     measure("x", clock.takes("a", 0.1), clock.takes("b", 0.1), at_most=2, seconds=0.81, clock=clock)
     assert "".join(clock.order) == "aab" + "abbaabba"  # the result to check, the samples' sizes, four rounds
+
+
+def test_calls_longer_than_the_gate_s_time_are_one_round(clock):
+    measure("x", clock.takes("a", 1.0), clock.takes("b", 0.1), at_most=99, seconds=1.0, clock=clock)
+    assert "".join(clock.order) == "aab" + "ab"
 
 
 def test_short_calls_share_a_sample(clock):
@@ -219,6 +225,7 @@ def test_disabled_checks_and_does_not_time():
         gate(benchmark, ("a", lambda: 6), ("b", lambda: None), at_most=0, check=check_is_seven)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_benchmark_command(root, tmp_path):
     """Saves, and compares with what it saved."""

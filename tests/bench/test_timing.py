@@ -97,6 +97,7 @@ def test_candidates_take_turns():
     assert rounds == ["abc", "cba", "bca", "acb", "cab", "bac"]
 
 
+@pytest.mark.alone
 def test_times_of_a_cpu():
     times = time_interleaved({"two": lambda: time.sleep(0.002), "six": lambda: time.sleep(0.006)}, rounds=5, min_ms=6.0)
     assert times["two"].median >= 2.0 and times["six"].median >= 6.0

@@ -28,6 +28,7 @@ def pgolf(*arguments, cwd=ROOT, timeout=120, **environ):
 # -- python -m pgolf -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_help_is_quick_and_without_torch():
     """Best of three: another process may be busy."""
     best = 99.0
@@ -60,6 +61,7 @@ def test_every_command_is_there():
 # -- the real thing, on this machine ---------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_json_of_this_machine(tmp_path):
     began = time.monotonic()
     done = pgolf("doctor", "--json", f"train.out_dir={tmp_path}/runs")
@@ -246,6 +248,7 @@ def test_a_rate_is_work_over_time(small, monkeypatch):
     assert (rate["median"], rate["low"], rate["high"]) == (1e-6, 5e-7, 2e-6)
 
 
+@pytest.mark.alone
 def test_samples_end_in_time(monkeypatch):
     monkeypatch.setattr(bench, "LONGEST_S", 0.2)
     began = time.monotonic()
@@ -290,6 +293,7 @@ def test_a_state_under_load_is_told():
     assert command.load_row({**state, "held_by": "power cap"}).what.endswith("held down by: power cap")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.dist
 def test_bench_under_torchrun(tmp_path):

@@ -148,6 +148,7 @@ def test_all_folders_of_a_run(tmp_path):
 # -- cores, memory, limits -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_busy_cores_are_seen():
     spinning = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:

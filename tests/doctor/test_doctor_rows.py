@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 from stand_ins import machine
 
 from pgolf.doctor.rows import FAIL, NONE, OK, WARN, Row, run, summary, table
@@ -23,6 +24,7 @@ def test_a_check_that_raises_is_a_row_and_the_next_one_runs():
     assert rows[1].status == WARN and rows[1].what == "could not be checked: RuntimeError: two"
 
 
+@pytest.mark.alone
 def test_a_check_that_hangs_is_a_row_in_time():
     began = time.monotonic()
     rows = list(run({"slow": hanging, "good": lambda m: [Row("good", OK, "")]}, machine(), limit_s=0.3))

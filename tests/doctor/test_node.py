@@ -19,6 +19,7 @@ def h100(monkeypatch):
     return fake_torch([gpu(0), gpu(1)])
 
 
+@pytest.mark.alone
 def test_real_machine_is_quick_and_json():
     best, here = 9.0, {}
     for _ in range(3):
@@ -94,6 +95,7 @@ def test_digest_covers_what_speed_depends_on(h100, change, same):
     assert (node.digest(other) == here["digest"]) is same
 
 
+@pytest.mark.alone
 def test_output_of_programs_that_fail_hang_or_are_not_there():
     run = lambda code, seconds=20: node.output(sys.executable, "-c", code, seconds=seconds)
     assert run("print(7)") == "7"

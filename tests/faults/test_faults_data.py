@@ -3,10 +3,14 @@
 import os
 import shutil
 
+import numpy as np
 import pytest
+from helpers import VOCAB
 from provoke import at_step, launch, refused, small_bundle
 
 from pgolf import checkpoint
+from pgolf.data.shards import read_shard, write_shard
+from pgolf.data.tokenizer import ByteTable, load_tokenizer
 
 RUN = ("train.run_id=r", "train.checkpoint_every=2")
 
@@ -57,8 +61,26 @@ def test_pipe_under_a_shards_name(data, tmp_path, capsys):
     assert launch(data, tmp_path) == refused(capsys, 4, "no regular file", "fineweb_train_000009.bin")
 
 
-def test_sidecar_files_are_no_shards(data, tmp_path, monkeypatch):
+def test_other_files_are_no_shards(data, tmp_path, monkeypatch):
+    """A byte sidecar is no shard of tokens either: it gives the bytes of the score."""
     small_bundle(monkeypatch)
-    (data / "fineweb_val_bytes_000000.bin").write_bytes(b"x")
     (data / "fineweb_train_000000.bin.part").write_bytes(b"x")
-    assert launch(data, tmp_path) == 0
+    val = read_shard(data / "fineweb_val_000000.bin")
+    table = ByteTable.from_sentencepiece(load_tokenizer(data / "tokenizer.model", VOCAB), VOCAB)
+    write_shard(data / "fineweb_val_bytes_000000.bin", table.per_token(val))
+    assert launch(data, tmp_path, "train.run_id=r") == 0
+    log = (tmp_path / "r" / "train.log").read_text()
+    assert f"val_tokens:{len(val)}" in log and "byte sidecar: " in log
+
+
+def test_damaged_byte_sidecar(data, tmp_path, capsys):
+    (data / "fineweb_val_bytes_000000.bin").write_bytes(b"x")
+    assert launch(data, tmp_path) == refused(capsys, 4, "no token shard", "fineweb_val_bytes_000000.bin")
+
+
+def test_val_documents_in_training(data, tmp_path, capsys):
+    """As in the widely copied export of PR #2127."""
+    documents = np.repeat([[1, *range(10, 150)]], 30, 0) + np.arange(30)[:, None] * ([0] + [1] * 140)
+    write_shard(data / "fineweb_val_000000.bin", documents.flatten())
+    write_shard(data / "fineweb_train_000000.bin", documents[10:].flatten())
+    assert launch(data, tmp_path) == refused(capsys, 4, "of the first 19 documents", "stand in the val split too")

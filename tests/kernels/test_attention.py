@@ -10,9 +10,10 @@ import torch
 
 from pgolf.kernels import _attention_peers as peers
 from pgolf.kernels import attention as module
-from pgolf.kernels._attention_flash import document_bounds, flash_forward
+from pgolf.kernels._attention_flash import flash_forward
 from pgolf.kernels._attention_flash_bwd import flash_backward
 from pgolf.kernels._attention_xsa import exclude_backward
+from pgolf.kernels._documents import document_bounds, document_reach
 from pgolf.kernels._op import paths
 from pgolf.kernels.attention import attention, attention_ref, document_mask, explain
 
@@ -70,6 +71,7 @@ def brute_force(q, k, v, xsa, starts):
         (0, 3, 3, 20, 38),  # an empty document, one across two rows
         (2, 17),  # tokens before the first start and after the last
         (0, 1, 16, 17, 18, 19, 35, 38),  # single tokens at both sides of a block's edge
+        (0, 20, 38, 38, 38),  # filled up to a constant length
     ],
 )
 def test_documents_equal_brute_force(starts):
@@ -88,6 +90,24 @@ def test_document_bounds_equal_the_mask():
             for t in range(19):
                 seen_by = mask[row, :, t].nonzero().flatten()
                 assert end[row, t] == seen_by[-1] + 1 and seen_by[0] == t
+
+
+def test_starts_that_fill_up_change_no_bit():
+    tensors, dy = qkv(b=2), rand(2, 19, 2, 8)
+    for path in ("triton", "reference"):
+        with paths(attention=path):
+            runs = [
+                gradients(lambda *a, s=starts: attention(*a, xsa=True, cu_seqlens=cu(*s)), tensors, dy)
+                for starts in ((0, 4, 20, 38), (0, 4, 20, 38, 38, 38))
+            ]
+        assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+
+
+def test_reach_counts_the_tokens_before_in_the_same_document():
+    got = document_reach(cu(0, 3, 3, 7, 10, 10), 2, 5)
+    assert got.dtype == torch.int32 and got.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]  # a row ends a document
+    assert document_reach(cu(0, 0), 0, 5).shape == (0, 5)
+    assert document_reach(cu(-5, 900, 7), 2, 4).tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_document_bounds_stay_inside_the_row_whatever_cu_seqlens_holds():
@@ -452,7 +472,7 @@ def later_fa3():
 
 
 @pytest.mark.parametrize("version", [earlier_fa3, later_fa3])
-@pytest.mark.parametrize("starts", [None, (0, 4, 9, 14), (2, 7)])
+@pytest.mark.parametrize("starts", [None, (0, 4, 9, 14), (2, 7), (0, 9, 14, 14, 14)])
 def test_fa3_route_with_a_stand_in(monkeypatch, version, starts):
     fake = types.ModuleType("flash_attn_interface")
     fake._flash_attn_forward, fake._flash_attn_backward = version()

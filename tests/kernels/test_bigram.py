@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pgolf.kernels import _tuned
+from pgolf.kernels._documents import document_reach
 from pgolf.kernels._op import paths
 from pgolf.kernels._segment_sum import segment_sum
 from pgolf.kernels._tuned import Launch
@@ -121,6 +122,46 @@ def test_eps_zero_and_the_first_position_stay_finite():
     ids, table = torch.zeros(1, 3, dtype=torch.int64, device=DEVICE), torch.ones(1, 4, device=DEVICE)
     out = bigram(ids, table, gate=torch.zeros(4, device=DEVICE), eps=0.0)
     torch.testing.assert_close(out[0, :, 0], torch.tensor([0.5, 1.0, 1.0], device=DEVICE))
+
+
+# -- documents -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.parametrize("hash, trigram", [("xor", False), ("xor", True), ("mul1009", False)])
+def test_a_packed_document_is_as_alone_in_a_row(path, hash, trigram):
+    """Outputs, and gradients that are the sum of the documents'; lengths 1, 2 and 3 meet every kind of start."""
+    lengths, d = ((1, 2, 4), (3, 1, 3)), 6
+    cu = torch.tensor([0, 1, 3, 7, 10, 11, 14], dtype=torch.int32, device=DEVICE)
+    ids, dout = random_ids(2, 7, 9), rand(2, 7, d)
+    tok, rows, gate = (x.requires_grad_() for x in (rand(9, d), rand(5, d), rand(d)))
+    extra, options = rand(2, 7, d), {"hash": hash, "trigram": trigram, "gate": gate, "eps": 1e-5}
+    with paths(bigram=path):
+        out = bigram(ids, tok, rows, extra=extra, reach=document_reach(cu, 2, 7), **options)
+        got = torch.autograd.grad(out, (tok, rows, gate), dout)
+    want = [torch.zeros_like(x) for x in got]
+    for b in range(2):
+        for i, e, g, o in zip(*(x[b].split(lengths[b]) for x in (ids, extra, dout, out)), strict=True):
+            with paths(bigram="reference"):
+                alone = bigram(i[None], tok, rows, extra=e[None], **options)
+            torch.testing.assert_close(o, alone[0], rtol=1e-5, atol=1e-6)
+            for total, part in zip(want, torch.autograd.grad(alone, (tok, rows, gate), g[None]), strict=True):
+                total += part
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["triton", "reference"])
+def test_reach_never_leaves_the_row(path):
+    """Too much of it is the whole row, and what reaches nowhere is a first position."""
+    ids, tok, rows, gate = random_ids(2, 5, 9), rand(9, 6), rand(5, 6), rand(6)
+    far = torch.full((2, 5), 2**31 - 1, dtype=torch.int32, device=DEVICE)
+    with paths(bigram=path):
+        front = lambda reach: bigram(ids, tok, rows, trigram=True, gate=gate, reach=reach)
+        assert torch.equal(front(far), front(None))
+        assert torch.equal(front(-far), front(0 * far))
+        single = bigram(ids.view(10, 1), tok, rows, trigram=True, gate=gate)
+        torch.testing.assert_close(front(-far).view(10, 1, 6), single, rtol=1e-6, atol=1e-6)
 
 
 # -- gradients -------------------------------------------------------------------------------------------------------
@@ -256,6 +297,8 @@ IDS = torch.zeros(2, 3, dtype=torch.int64, device=DEVICE)
         (lambda x: bigram(IDS, x, trigram=True), "hash 'xor', trigram True: expected"),
         (lambda x: bigram(IDS, x, extra=x), r"extra \(5, 8\), expected \(2, 3, 8\)"),
         (lambda x: bigram(IDS, x, gate=x), r"gate \(5, 8\), expected \(8,\)"),
+        (lambda x: bigram(IDS, x, reach=IDS), r"reach \(2, 3\) torch.int64, expected \(2, 3\) torch.int32"),
+        (lambda x: bigram(IDS, x, reach=IDS[0].int()), r"reach \(3,\) .*, expected \(2, 3\)"),
         (lambda x: bigram(IDS, x, x.half()), "rows is torch.float16, expected torch.float32 like token_table"),
         (lambda x: bigram(IDS, x.double()), "float64, expected float32, bfloat16 or float16 for the kernel"),
         (lambda x: bigram(IDS, x, x.to("meta")), "rows is on meta, expected"),

@@ -180,16 +180,6 @@ def test_rows_are_independent():
     torch.testing.assert_close(model(b)[0][1:2], one, rtol=1e-5, atol=1e-5)
 
 
-def test_documents_are_isolated_in_attention():
-    """cu_seqlens cuts attention; without smear, hashes and value residual nothing else looks across tokens."""
-    model, b = awake(SMALL), batch(rows=1)
-    cu = torch.tensor([0, 10, 32], dtype=torch.int32)
-    positions = torch.cat([torch.arange(10), torch.arange(22)])[None]
-    packed = model(Batch(b.ids, b.targets, positions, cu))[0]
-    alone = model(Batch(b.ids[:, 10:], b.targets[:, 10:]))[0]
-    torch.testing.assert_close(packed[:, 10:], alone, rtol=1e-5, atol=1e-5)
-
-
 def test_plan_of_the_baseline_and_of_a_pure_decoder():
     steps = plan.build(replace(SMALL, plan=PlanConfig(num_layers=9)))
     assert [s.skip_from for s in steps] == [None] * 4 + [3, 2, 1, 0, None]

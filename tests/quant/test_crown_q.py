@@ -28,7 +28,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("quant", "step"), CASES, ids=str)
+@pytest.mark.parametrize(("quant", "step"), CASES, ids=lambda part: str(part) if isinstance(part, dict) else "step")
 def test_value_and_gradient(quant, step):
     infos = [
         info("a", (6, 8)),

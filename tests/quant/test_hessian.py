@@ -95,7 +95,7 @@ def test_tables_are_counted_by_the_tokens_that_take_their_rows(name):
     batch = random_batch(model.cfg.embed.vocab_size)
     hessians, taken = Hessians(model, names_of(model)), {}
     hessians.add(batch)
-    for table, rows in table_rows(model, batch.ids):
+    for table, rows in table_rows(model, batch):
         taken.setdefault(table, []).append(table.table.detach().double()[rows].flatten(0, 1))
     for weight, table in tables_of(model).items():
         x = torch.cat(taken[table])

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import helpers
 import pytest
 from helpers import VOCAB
 
@@ -19,8 +20,8 @@ ALL = ("train.iterations=6", "train.warmup_steps=0", "eval.max_tokens=0", "eval.
 
 @pytest.fixture(scope="session")
 def made():
-    """The script of this checkout. Made once: it takes 5 s."""
-    return script.make()
+    """The script of this checkout."""
+    return helpers.made()
 
 
 @pytest.fixture(scope="session")

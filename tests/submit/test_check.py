@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -33,6 +34,13 @@ def test_a_good_folder_passes(good):
     assert {n for n, r in found.items() if r.status == WARN} == {"PG062", "PG101", "PG191"}, "no record, and no claim"
 
 
+def test_a_proven_byte_sidecar_is_said(folder):
+    for log in folder.glob("train_seed*.log"):
+        log.write_text("byte sidecar: 151,080,645 bytes in 50,000 documents, each\n" + log.read_text())
+    found = examine(folder)["PG081"]
+    assert found.status == OK and "proved its byte sidecar" in found.what
+
+
 def test_a_good_record_passes(folder):
     found = examine(as_record(folder))
     assert not failed(found), [found[n] for n in failed(found)]
@@ -48,6 +56,14 @@ def over_in_a_log(folder):
     edit("train_seed2.log", r"^(Serialized model \S+:) \d+", r"\1 15990000")(folder)
     edit("train_seed2.log", r"^(Total submission size \S+:) \d+", rf"\1 {total}")(folder)
     edit_json(seed_results__2__artifact_bytes=total)(folder)
+
+
+def audited(folder, **status):
+    """A report that claims to be of the folder's script."""
+    digest = json.loads((folder / "train_gpt_manifest.json").read_text())["sha256"]
+    tests = dict.fromkeys(("substitution", "future", "noise", "prefix", "controls", "ledger"), "passed") | status
+    told = {"passed": True, "code_sha256": digest, "scorer": "toy"}
+    return json.dumps(told | {"tests": {name: {"status": s} for name, s in tests.items()}})
 
 
 BROKEN = {
@@ -94,6 +110,11 @@ BROKEN = {
     "a comparison without its scores": (edit_json(comparison__baseline_val_bpb=None), "PG191", 9),
     "too good to be true": (edit_json(comparison__baseline_val_bpb=lambda v: [x + 0.1 for x in v]), "PG211", 9),
     "an audit that failed": (write("audit.json", '{"passed": false}'), "PG121", 9),
+    "an audit that says passed of a failed test": (
+        lambda f: write("audit.json", audited(f, noise="failed"))(f), "PG121", 9),
+    "an audit without noise behind a jump": (
+        both(edit_json(comparison__baseline_val_bpb=lambda v: [x + 0.1 for x in v]),
+             lambda f: write("audit.json", audited(f, noise="skipped"))(f)), "PG211", 9),
     "an audit of other code": (write("audit.json", '{"passed": true, "code_sha256": "00"}'), "PG121", 9),
     # bytes
     "over the limit in a log": (over_in_a_log, "PG011", 5),
@@ -118,6 +139,7 @@ BROKEN = {
     "bytes of another tokenizer": (
         both(edit("train_seed1.log", r"val_loss:\d+\.\d{8}", "val_loss:4.90000000")), "PG063", 9),
     "leaky training shards": (edit("train_seed1.log", r"train_shards:\d+", "train_shards:1499"), "PG102", 9),
+    "one seed of other bytes": (edit("train_seed1.log", r"\A", "byte sidecar: 9 bytes in 2 documents\n"), "PG081", 9),
     "a doubled data path": (edit("train_seed1.log", r"\A", "data: data/datasets/datasets/x\n"), "PG102", 9),
     "no BOS": (edit("train_seed1.log", r"val_first_token:1", "val_first_token:77"), "PG111", 9),
 }  # fmt: skip
@@ -163,11 +185,23 @@ def test_there_are_enough_and_every_rule_that_can_fail_does():
         "PG023",
         "PG031",
         "PG071",
-        "PG081",
         "PG131",
         "PG141",
         "PG205",
     }
+
+
+def test_what_an_audit_settles(good, tmp_path):
+    """A whole report is ok, one that leaves out what every scorer can be put to warns; a ledger settles the order."""
+    results = {}
+    for name, status in (("whole", {}), ("part", {"noise": "skipped"})):
+        folder = shutil.copytree(good, tmp_path / name)
+        (folder / "audit.json").write_text(audited(folder, **status))
+        log = folder / "train_seed1.log"
+        log.write_text("legal_ttt: chunk 1\n" + log.read_text())
+        results[name] = {r.id: r.status for r in check.examine(open_folder(folder))}
+    assert results["whole"]["PG121"] == "ok" and results["part"]["PG121"] == "warn"
+    assert results["whole"]["PG131"] == "ok"
 
 
 def test_the_page_has_every_rule_and_no_other(root):
