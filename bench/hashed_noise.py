@@ -125,12 +125,12 @@ def page(found: dict) -> str:
 
 Written by `python -m bench.hashed_noise`; numbers in hashed_noise.json.
 
-{found["targets"]:,} uniform random tokens of {found["vocab"]:,} ids; the model is uniform too. No code needs fewer than
-{bits:.0f} bits a token, but for luck: k bits in all with chance 2^-k. Hashed scorers claim far less, and the less the fewer
-buckets they have: what they report is the length of no code. Exact ones pay for what they believe to see.
+{found["targets"]:,} uniform random tokens of {found["vocab"]:,} ids; the model is uniform too. No code needs fewer
+than {bits:.0f} bits a token, but for luck: k bits in all with chance 2^-k. Hashed scorers claim far less, the
+less the fewer buckets they have: what they report is the length of no code. Exact ones pay for what they believe.
 
-Buckets are those of the whole evaluation. Stream, chunks and buckets are divided by {found["scale"]}, loads are not. Z: what all
-tokens together are credited with after one context of eight tokens, at the end.
+Buckets are those of the whole evaluation. Stream, chunks and buckets are divided by {found["scale"]}, loads are not. Z:
+what all tokens together are credited with after one context of eight tokens, at the end.
 
 Command `{found["command"].strip()}`. Machine: {machine}, commit {card.get("commit")}, {card.get("date")}.
 """

@@ -1,10 +1,9 @@
 """How fast exact counts and scorers are on this machine.
 
-    python -m bench.ngram_counts [--out docs/measured] [--tokens 10000000] [--device cpu]
+    python -m bench.ngram_counts [--out docs/measured] [--tokens 10000000] [--scored 1048576] [--device cpu]
 
-Counts of orders 2 to 9 on streams that sort differently, each order counted and dropped; then each scorer on the first
-1,048,576 tokens of real text (repeated as often as it takes), whole and without the model. Writes ngram_counts.json
-and .md.
+Counts of orders 2 to 9 on streams that sort differently, each order counted and dropped; then each scorer on a stream
+with the frequencies of text, without the model. Writes ngram_counts.json and .md.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from .report import table
 from .timing import device_card
 
 ORDERS = range(2, 10)
-VOCAB, SCORED, VECTORS = 1024, 2**20, 2**13
+VOCAB, VECTORS = 1024, 2**11
 
 
 def draw(n: int) -> torch.Generator:
@@ -75,31 +74,28 @@ def counts_of(tokens: Tensor) -> None:
         counts.of(n)
 
 
-def text(n: int, device: torch.device) -> Tensor:
-    return zipf(n).to(device)
-
-
-def scorer_row(name: str, device: torch.device) -> dict:
-    """Seconds of `prepare` and of the nats of 1,048,576 targets; vector scorers score 8,192 of them."""
+def scorer_row(name: str, n: int, device: torch.device) -> dict:
+    """Seconds of `prepare` and of the nats of n targets; vector scorers score the last 2,048 of them."""
     scorer = build_scorer(NgramConfig(scorer=name), VOCAB)
-    tokens = text(SCORED + 1, device)
+    tokens = zipf(n + 1).to(device)
     kept: dict = {}
     first = seconds(lambda: kept.update(prepared=scorer.prepare(tokens)), device)
     prepared = kept["prepared"]
-    row = {"scorer": name, "prepare_s": first, "targets": SCORED}
+    row = {"scorer": name, "prepare_s": first, "targets": n}
     if "vector" in scorer.needs:
-        log_probs = torch.randn(VECTORS, VOCAB, generator=draw(2)).log_softmax(1).to(device)
-        index = torch.arange(SCORED - VECTORS, SCORED, device=device)
+        log_probs = torch.randn(min(VECTORS, n), VOCAB, generator=draw(2)).log_softmax(1).to(device)
+        index = torch.arange(n, device=device)[-VECTORS:]
         work = lambda: [scorer.vector_nats(prepared, i, p) for i, p in zip(index.split(1024), log_probs.split(1024))]  # noqa: B905
-        return row | {"scored": VECTORS, "nats_s": seconds(work, device)}
-    nats = -torch.rand(SCORED, generator=draw(3)).log()
+        return row | {"scored": len(index), "nats_s": seconds(work, device)}
+    nats = -torch.rand(n, generator=draw(3)).log()
     hint_nats = None if prepared.hints is None else -torch.rand(prepared.hints.shape, generator=draw(4)).log()
     hints = None if prepared.hints is None else prepared.hints.cpu()
-    stats = TokenStats(nats, 4 * torch.rand(SCORED, generator=draw(5)), hints, hint_nats)
-    return row | {"scored": SCORED, "nats_s": seconds(lambda: scorer.nats(prepared, stats), device)}
+    stats = TokenStats(nats, 4 * torch.rand(n, generator=draw(5)), hints, hint_nats)
+    return row | {"scored": n, "nats_s": seconds(lambda: scorer.nats(prepared, stats), device)}
 
 
-def measure(n: int, device: torch.device) -> dict:
+def measure(n: int, scored: int, device: torch.device) -> dict:
+    card = device_card(device)  # with the commit as it is now
     counts_of(STREAMS["uniform"](1000).to(device))  # kernels compile, pages come
     rows = []
     for name, make in STREAMS.items():
@@ -107,9 +103,9 @@ def measure(n: int, device: torch.device) -> dict:
         wall, cpu = seconds(lambda t=tokens: counts_of(t), device)
         rows.append({"stream": name, "seconds": wall, "cpu_seconds": cpu})
         print(f"{name}: {wall:.2f} s, {cpu:.2f} of the CPU", file=sys.stderr, flush=True)
-    scorers = [scorer_row(name, device) for name in SCORER_NAMES]
+    scorers = [scorer_row(name, scored, device) for name in SCORER_NAMES]
     command = "python -m bench.ngram_counts " + " ".join(sys.argv[1:])
-    what = {"schema": 1, "command": command, "card": device_card(device), "threads": torch.get_num_threads()}
+    what = {"schema": 1, "command": command, "card": card, "threads": torch.get_num_threads()}
     return what | {"tokens": n, "orders": list(ORDERS), "counts": rows, "scorers": scorers}
 
 
@@ -135,8 +131,8 @@ def page(found: dict) -> str:
 
 Written by `python -m bench.ngram_counts`; numbers in ngram_counts.json.
 
-Command `{found["command"].strip()}`, {found["threads"]} threads. Machine: {machine}. One run each. CPU seconds are those of the
-process, all threads together: on a machine with other work they are the number to compare.
+Command `{found["command"].strip()}`, {found["threads"]} threads. Machine: {machine}. One run each. CPU seconds are
+those of the process, all threads together: on a machine with other work they are the number to compare.
 
 ## Counts
 
@@ -145,9 +141,9 @@ process, all threads together: on a machine with other work they are the number 
 {table(["stream", "seconds", "CPU seconds", "million tokens x orders a second"], counts)}
 ## Scorers
 
-{found["scorers"][0]["targets"]:,} targets of a Zipf stream with {VOCAB:,} ids, default settings, without the model's own time.
-Counts are made when they are first asked for, in `prepare` or in `nats`. Vector scorers pay a row of {VOCAB:,} for each
-order and target.
+{found["scorers"][0]["targets"]:,} targets of a Zipf stream with {VOCAB:,} ids, default settings, without the model's
+own time. Counts are made when they are first asked for, in `prepare` or in `nats`. Vector scorers pay a row of
+{VOCAB:,} for each order and target.
 
 """
     heads = ["scorer", "prepare, s", "CPU s", "nats, s", "CPU s", "targets", "thousand targets a CPU second"]
@@ -158,9 +154,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.ngram_counts", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs/measured"), help="where the page goes")
     parser.add_argument("--tokens", type=int, default=10_000_000)
+    parser.add_argument("--scored", type=int, default=2**20, help="targets that each scorer scores")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    found = measure(args.tokens, torch.device(args.device))
+    found = measure(args.tokens, args.scored, torch.device(args.device))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "ngram_counts.json").write_text(json.dumps(found, indent=1) + "\n")
     (args.out / "ngram_counts.md").write_text(page(found))

@@ -7,7 +7,7 @@ import math
 from pgolf.audit import streams
 from pgolf.audit.causality import difference
 from pgolf.audit.interface import Scorer, nats_of, offers
-from pgolf.audit.result import Result, Sizes, judged, skipped
+from pgolf.audit.result import Result, Sizes, Worst, judged, skipped
 
 RANK_BITS = 1e-5  # mean bits a token; bits per byte are fewer
 
@@ -32,15 +32,14 @@ def neutral_settings(scorer: Scorer, sizes: Sizes) -> Result:
     if not offers(scorer, "neutral"):
         return skipped("it has no neutral()")
     quiet, plain = scorer.neutral()
-    worst, where = 0.0, ""
+    worst = Worst(f"{quiet.name} equals {plain.name}")
     for what, stream in (
         ("text", streams.text(scorer.vocab_size, sizes.length, sizes)),
         ("noise", streams.noise(scorer.vocab_size, sizes.length, sizes.seed)),
     ):
         off = difference(nats_of(quiet, stream), nats_of(plain, stream))
-        if not off <= worst:
-            worst, where = off, f"{quiet.name} and {plain.name} differ by up to {off:.3g} nats on {what}"
-    return judged(worst, 2 * (sizes.length - 1), 0, where or f"{quiet.name} equals {plain.name}")
+        worst.see(off, f"{quiet.name} and {plain.name} differ by up to {off:.3g} nats on {what}")
+    return worst.judged(0.0)
 
 
 def rank_invariance(scorer: Scorer, sizes: Sizes) -> Result:

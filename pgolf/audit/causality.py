@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from pgolf.audit import streams
 from pgolf.audit.interface import BOS, Scorer, distribution_of, nats_of, offers, trace_of
-from pgolf.audit.result import Result, Sizes, judged, skipped
+from pgolf.audit.result import Result, Sizes, Worst, skipped
 
 SAME = 1e-5  # nats, where shapes change and sums may be taken in another order; 0 where they do not
 FLIPS = 6  # tokens that stand for a target when the scorer declares no classes
@@ -22,20 +21,15 @@ def future_perturbation(scorer: Scorer, sizes: Sizes) -> Result:
     documents = getattr(scorer, "order_name", "stream") == "stream"
     stream = streams.text(scorer.vocab_size, sizes.length, sizes, documents)
     plain, places = nats_of(scorer, stream), streams.targets(stream, sizes, 3)
-    worst, detail, samples = 0.0, "no score depends on what follows", 0
+    worst = Worst("no score depends on what follows")
     for i in places:
         for what, same_shape, other in streams.futures(stream, i + 2, scorer.vocab_size, sizes, documents):
             moved = difference(nats_of(scorer, other)[: i + 1], plain[: i + 1])
-            samples += 1
-            off = moved if not same_shape or moved == 0 else max(moved, 2 * SAME)
-            if not off <= worst:
-                worst, detail = off, f"{what} after target {i} changes scores before it by up to {moved:.3g} nats"
+            off = max(moved, 2 * SAME) if same_shape and moved else moved
+            worst.see(off, f"{what} after target {i} changes scores before it by up to {moved:.3g} nats")
     if offers(scorer, "trace"):
-        for off, what in _traces(scorer, stream, places, sizes):
-            samples += 1
-            if off > worst:
-                worst, detail = off, what
-    return judged(worst, samples, SAME, detail)
+        _see_traces(worst, scorer, stream, places, sizes)
+    return worst.judged(SAME)
 
 
 def class_flip(scorer: Scorer, sizes: Sizes) -> Result:
@@ -46,32 +40,27 @@ def class_flip(scorer: Scorer, sizes: Sizes) -> Result:
     documents = getattr(scorer, "order_name", "stream") == "stream"
     stream = streams.text(scorer.vocab_size, sizes.length, sizes, documents)
     places = streams.targets(stream, sizes, 4)
-    worst, detail, samples = 0.0, "no decision depends on the target's class", 0
+    worst = Worst("no decision depends on the target's class")
     if offers(scorer, "trace"):
-        for off, what in _traces(scorer, stream, places, sizes):
-            samples += 1
-            if not off <= worst:
-                worst, detail = off, what
+        _see_traces(worst, scorer, stream, places, sizes)
     if offers(scorer, "distribution"):
         for i in places:
             vector = distribution_of(scorer, stream[: i + 1])
             for v, other in flips(scorer, stream, i, sizes):
                 claimed, entry = math.exp(-float(nats_of(scorer, other)[i])), float(vector[v])
-                off, samples = abs(claimed - entry) / max(entry, 1e-300), samples + 1
-                if not off <= worst:
-                    worst = off
-                    detail = f"target {i}: as token {v} it gets {claimed:.6g}, its distribution has {entry:.6g}"
-    return judged(worst, samples, SAME, detail)
+                off = abs(claimed - entry) / max(entry, 1e-300)
+                worst.see(off, f"target {i}: as token {v} it gets {claimed:.6g}, its distribution has {entry:.6g}")
+    return worst.judged(SAME)
 
 
-def _traces(scorer: Scorer, stream: Tensor, places: list[int], sizes: Sizes) -> Iterator[tuple[float, str]]:
+def _see_traces(worst: Worst, scorer: Scorer, stream: Tensor, places: list[int], sizes: Sizes) -> None:
     """How far each traced decision for target i moves when the target is another token."""
     plain = trace_of(scorer, stream)
     for i in places:
         for v, other in flips(scorer, stream, i, sizes):
             for name, values in trace_of(scorer, other).items():
                 off = difference(values[: i + 1].double(), plain[name][: i + 1].double())
-                yield off, f"target {i}: {name} changes when the target is token {v}"
+                worst.see(off, f"target {i}: {name} changes when the target is token {v}")
 
 
 def flips(scorer: Scorer, stream: Tensor, i: int, sizes: Sizes) -> list[tuple[int, Tensor]]:
@@ -99,17 +88,14 @@ def prefix_equivalence(scorer: Scorer, sizes: Sizes) -> Result:
     documents = getattr(scorer, "order_name", "stream") == "stream"
     stream = streams.text(scorer.vocab_size, sizes.length, sizes, documents)
     whole = nats_of(scorer, stream)
-    worst, detail = 0.0, "prefixes score as in the whole stream"
-    cuts = sorted({2, *streams.targets(stream, sizes, 8)})
-    for cut in cuts:
+    worst = Worst("prefixes score as in the whole stream")
+    for cut in sorted({2, *streams.targets(stream, sizes, 8)}):
         off = difference(nats_of(scorer, stream[: cut + 1]), whole[:cut])
-        if not off <= worst:
-            worst, detail = off, f"the first {cut} targets alone score up to {off:.3g} nats differently"
+        worst.see(off, f"the first {cut} targets alone score up to {off:.3g} nats differently")
     again = difference(nats_of(scorer, stream), whole)
-    if again != 0:
-        worst, detail = max(again, 2 * SAME), f"the same stream scores {again:.3g} nats differently a second time"
-    warning = "" if documents else f"order {scorer.order_name}: looked at within one document only"
-    return judged(worst, len(cuts) + 1, SAME, detail, warning)
+    off = max(again, 2 * SAME) if again else 0.0
+    worst.see(off, f"the same stream scores {again:.3g} nats differently a second time")
+    return worst.judged(SAME, "" if documents else f"order {scorer.order_name}: looked at within one document only")
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -6,9 +6,9 @@ import math
 
 from pgolf.audit import streams
 from pgolf.audit.interface import BOS, Scorer, distribution_of, nats_of, offers
-from pgolf.audit.result import Result, Sizes, judged, skipped
+from pgolf.audit.result import Result, Sizes, Worst, judged, skipped
 
-SUM, VECTOR_SUM, ENTRY = 1e-4, 1e-5, 1e-5
+SUM, VECTOR_SUM = 1e-4, 1e-5
 NOISE_BITS = 64.0  # a valid scorer gains more with a chance of at most 2^-64 (Ville's inequality)
 
 
@@ -45,20 +45,17 @@ def materialised_vector(scorer: Scorer, sizes: Sizes) -> Result:
     stream = streams.text(scorer.vocab_size, sizes.length, sizes)
     claimed = nats_of(scorer, stream)
     places = sorted({0, 1, *streams.targets(stream, sizes, 2)})
-    worst, detail, largest = 0.0, "", 0.0
+    worst, largest = Worst("every vector is exact"), 0.0
     for i in places:
         vector = distribution_of(scorer, stream[: i + 1])
         p = math.exp(-float(claimed[i]))
-        total, entry = float(vector.sum()), float(vector[stream[i + 1]])
+        total, entry, least = float(vector.sum()), float(vector[stream[i + 1]]), float(vector.min())
         largest = max(largest, total)
-        for off, what in (
-            (float(-vector.min()), f"target {i}: an entry is {float(vector.min()):.3g}"),
-            (abs(total - 1), f"target {i}: the vector adds up to {total:.6f}"),
-            (abs(entry - p) / p if p > 0 else math.inf, f"target {i}: its entry is {entry:.6g}, nats say {p:.6g}"),
-        ):
-            if not off <= worst:
-                worst, detail = off, what
-    return judged(worst, len(places), VECTOR_SUM, detail or "every vector is exact", largest=largest)
+        worst.see(-least, f"target {i}: an entry is {least:.3g}")
+        worst.see(abs(total - 1), f"target {i}: the vector adds up to {total:.6f}")
+        off = abs(entry - p) / p if p > 0 else math.inf
+        worst.see(off, f"target {i}: its entry is {entry:.6g}, nats say {p:.6g}")
+    return worst.judged(VECTOR_SUM, largest=largest)
 
 
 def noise(scorer: Scorer, sizes: Sizes) -> Result:

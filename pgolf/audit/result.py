@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -38,6 +39,25 @@ def judged(worst: float, samples: int, threshold: float, detail: str, warning: s
     """Passed when worst <= threshold; a NaN fails."""
     status = PASSED if worst <= threshold else FAILED
     return Result(status, float(worst), samples, threshold, detail, warning, values)
+
+
+class Worst:
+    """The largest of several deviations, and what it is of. NaN counts as infinite."""
+
+    def __init__(self, nothing: str):
+        """nothing: the detail while no deviation is above 0."""
+        self.value, self.detail, self.samples = 0.0, nothing, 0
+
+    def see(self, deviation: float, what: str) -> None:
+        """One more comparison."""
+        deviation = math.inf if math.isnan(deviation) else deviation
+        self.samples += 1
+        if deviation > self.value:
+            self.value, self.detail = deviation, what
+
+    def judged(self, threshold: float, warning: str = "", **values: float) -> Result:
+        """As `judged`."""
+        return judged(self.value, self.samples, threshold, self.detail, warning, **values)
 
 
 @dataclass(frozen=True)

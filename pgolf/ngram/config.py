@@ -24,7 +24,7 @@ Value = TypeVar("Value")
 class NgramConfig:
     """n-gram information from targets that are scored already, mixed into what the model says."""
 
-    scorer: str = "dirichlet"  # how counts and the model become one distribution (docs/ngram.md lists them)
+    scorer: str = "hedge"  # how counts and the model become one distribution (docs/ngram.md lists them)
     orders: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)  # context lengths in tokens, without the target; ascending
     within_documents: bool = True  # contexts end where their document begins
     chunk: int = 0  # targets after which counts take them in, all together; 0 = each right after its score
@@ -49,9 +49,9 @@ class NgramConfig:
     boost_slope: float = 0.0  # tilt: times (1 - p(hint)) to this power
     prior_hits: float = 1.0  # calibrated_tilt: hits that each bin starts with
     prior_misses: float = 1.0  # calibrated_tilt: misses that each bin starts with
-    experts: str = "neural,dirichlet,calibrated_tilt"  # hedge: scorers that it weighs, comma-separated
-    share: float = 0.001  # hedge: part of the weight dealt out evenly after each target; 0 = plain Bayes
-    entropy_bins: int = 0  # hedge: weights by longest known context and the model's entropy, bins of 1 nat; 0 = one set
+    experts: str = "neural,kneser_ney,calibrated_tilt"  # hedge: scorers that it weighs, comma-separated
+    share: float = 1e-5  # hedge: part of the weight dealt out evenly after each target; 0 = plain Bayes
+    entropy_bins: int = 6  # hedge: weights by longest known context and the model's entropy, bins of 1 nat; 0 = one set
     mixer_hidden: int = 0  # mixer: width of its hidden layer; 0 = none
     mixer_floor: float = 0.05  # mixer: least weight of the model
 

@@ -10,7 +10,7 @@ With c(s, v) the count of v after context s of order k, c(s) = sum_v c(s, v), T(
 
 and P unchanged where c(s) = 0. Each sums to one because c(s) is the sum of c(s, v), so one entry of the vector may be
 read alone (docs/ngram.md). Computed as the ratio R_k = P_k(x) / P_0(x), which starts at 1: without counts nats do not
-change by a bit. Model nats up to 700 (fp64's exponent).
+change by a bit. Model nats above 700 count as 700 in 1 / P_0, which fp64 could not hold: p is then too small.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pgolf.eval.stats import TokenStats
 from pgolf.ngram.config import spread
 from pgolf.ngram.counts import StreamCounts
 from pgolf.ngram.reference import hashed_row
-from pgolf.ngram.scorer import Prepared, Scorer
+from pgolf.ngram.scorer import MOST_NATS, Prepared, Scorer
 
 
 class Interpolated(Scorer):
@@ -43,7 +43,7 @@ class Interpolated(Scorer):
 
     def mixed(self, prepared: Prepared, stats: TokenStats) -> Tensor:
         nats = stats.nats.double()
-        inverse = nats.exp()  # 1 / P_0
+        inverse = nats.clamp(max=MOST_NATS).exp()  # 1 / P_0
         ratio = torch.ones_like(nats)
         for k, found in self.orders(prepared.counts):
             c, pair, distinct = (x.double() for x in found)

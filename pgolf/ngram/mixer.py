@@ -23,7 +23,7 @@ from pgolf.eval.order import STREAM, Order
 from pgolf.eval.stats import TokenStats
 from pgolf.ngram.config import NgramConfig
 from pgolf.ngram.counts import StreamCounts
-from pgolf.ngram.scorer import Prepared, Scorer, entropy_of
+from pgolf.ngram.scorer import MOST_NATS, Prepared, Scorer, entropy_of
 
 BLOCK = 2**18  # targets whose features exist at a time
 MODEL_BIAS = 2.0
@@ -80,7 +80,7 @@ class Mixer(Scorer):
             features = torch.cat([features, hidden.double()], 1)
         w = self.weights(head(features), known)
         nats = stats.nats[at].double()
-        ratio = w[:, 0] + (w[:, 1:] * q).sum(1) * nats.exp()
+        ratio = w[:, 0] + (w[:, 1:] * q).sum(1) * nats.clamp(max=MOST_NATS).exp()
         return nats - torch.where(known.any(1), ratio, 1.0).log()
 
     def inputs(self, counts: StreamCounts, entropy: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:

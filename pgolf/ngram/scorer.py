@@ -27,6 +27,8 @@ from pgolf.ngram.config import NgramConfig
 from pgolf.ngram.counts import StreamCounts
 from pgolf.ngram.reference import DictCounts
 
+MOST_NATS = 700.0  # e^700 is within fp64
+
 
 @dataclass
 class Prepared:

@@ -57,7 +57,7 @@ def test_exact_counts_claim_nothing():
 
 
 def test_the_bound_is_that_of_chance():
-    """A scorer that guesses the stream's luck 64 bits too well fails, one with 60 passes: at these lengths to the bit."""
+    """A scorer that guesses the stream's luck by 65 bits fails, one that does by 60 passes, to the bit."""
 
     class Lucky:
         name, vocab_size, gift = "lucky", 64, 0.0

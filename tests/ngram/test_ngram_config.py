@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from pgolf import config
+from pgolf.errors import ConfigError
 from pgolf.ngram.config import UNSAFE, NgramConfig, spread
 
 
@@ -51,3 +53,21 @@ def test_problems(change, message):
 def test_the_last_value_holds_for_the_rest():
     assert spread((5, 3), (1, 2, 4, 8)) == (5, 3, 3, 3)
     assert spread((5, 3, 1), (1, 2)) == (5, 3)
+
+
+def test_a_section_that_is_off_until_asked_for():
+    assert config.load(["preset=smoke"], {}).config.ngram is None
+    got = config.load(["preset=smoke", "ngram=on", "ngram.concentration=5,2.5", "ngram.orders=4,8"], {}).config
+    assert got.ngram == NgramConfig(concentration=(5.0, 2.5), orders=(4, 8))
+    assert config.from_dict(config.RunConfig, config.to_dict(got)) == got
+
+
+@pytest.mark.parametrize("text", ["a", "1,b", "nan", "1,inf"])
+def test_numbers_that_are_none(text):
+    with pytest.raises(ConfigError, match=r"ngram.concentration=.* must be finite numbers such as 0.5,2"):
+        config.load(["preset=smoke", "ngram=on", f"ngram.concentration={text}"], {})
+
+
+def test_the_unsafe_scorer_is_refused_at_the_door():
+    with pytest.raises(ConfigError, match="for audits only: no run may score with it"):
+        config.load(["preset=smoke", "ngram=on", f"ngram.scorer={UNSAFE}"], {})

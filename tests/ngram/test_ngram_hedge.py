@@ -70,7 +70,9 @@ def test_fixed_share_follows_experts_that_take_turns():
 
 def test_bins_have_weights_of_their_own():
     """The model is right where its entropy is low, the counts are where it is high: shared weights suit neither."""
-    cfg = NgramConfig(scorer="hedge", experts="neural,dirichlet", share=0.0, orders=(1,), concentration=(0.01,))
+    cfg = NgramConfig(
+        scorer="hedge", experts="neural,dirichlet", share=0.0, orders=(1,), concentration=(0.01,), entropy_bins=0
+    )
     draw = torch.Generator().manual_seed(1)
     noise = torch.randint(6, 16, (600,), generator=draw)
     tokens = torch.stack([noise, torch.full((600,), 2)], 1).flatten()  # 2 follows anything; what follows 2 is noise
@@ -84,7 +86,9 @@ def test_bins_have_weights_of_their_own():
 
 def test_hedge_is_within_ln_k_of_its_best_expert():
     tokens, base = stream(500, 5, 4), model(500, 5, 4)
-    cfg = NgramConfig(orders=(1, 2), experts="neural,witten_bell,kneser_ney,tilt", share=0.0, hint_orders=(1,))
+    cfg = NgramConfig(
+        orders=(1, 2), experts="neural,witten_bell,kneser_ney,tilt", share=0.0, hint_orders=(1,), entropy_bins=0
+    )
     total, _ = production(SCORERS["hedge"](cfg, 5), tokens, base)
     each = [production(SCORERS[name](cfg, 5), tokens, base)[0].sum() for name in cfg.expert_names]
     assert total.sum() <= min(each) + math.log(4) + 1e-9

@@ -170,3 +170,13 @@ def test_statistics_that_do_not_fit():
         tilt.nats(prepared, replace(stats, order=Order("other", torch.tensor([0]))))
     with pytest.raises(NotImplementedError, match="whole distribution"):
         build_scorer(replace(SMALL, scorer="ppm_c"), 4).nats(prepared, stats)
+
+
+@pytest.mark.parametrize("name", [n for n, cfg in VARIANTS.items() if "vector" not in SCORERS[cfg.scorer].needs])
+def test_a_model_that_is_certain_of_the_wrong_token(name):
+    """Nats beyond what e^nats can hold give finite numbers, never NaN."""
+    tokens, scorer = stream(60, 4, 2), scorer_of(VARIANTS[name], 4)
+    prepared = scorer.prepare(tokens)
+    stats = stats_of(tokens, model(60, 4, 2), prepared.hints)
+    stats.nats[::7] = 2000.0
+    assert scorer.nats(prepared, stats).isfinite().all()
