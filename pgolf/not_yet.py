@@ -66,9 +66,7 @@ NOT_YET: dict[str, Missing] = {
     **_missing("a weight trick", "CONTROLLED_BURN SYNAPTIC_SCALE WEIGHT_PERTURB MUTATION_DECAY"),
     **_missing("int5 for the matrices of the smallest Hessians (quant.overrides names them)", "N_INT6_LAYERS", AFTER),
     **_missing("activation-aware repair", "AWQ_LITE AWQ_LITE_ENABLED", AFTER),
-    **_missing(
-        "temperature chosen on validation (eval.temperature=on: on training data)", "TEMP_SCALING", AFTER
-    ),
+    **_missing("temperature chosen on validation (eval.temperature=on: on training data)", "TEMP_SCALING", AFTER),
     **_missing("multipliers that each rank adapts by itself", "CUBRIC_CADENCE", AFTER),
     **_missing("a hash embedding trained at evaluation", "HASH_EMBED_ENABLED", AFTER),
     **_missing("skipping the final evaluation", "SKIP_FINAL_EVAL", AFTER),

@@ -124,10 +124,8 @@ class RunConfig:
         if self.eval.stride > length:
             out.append(f"eval.stride={self.eval.stride} must be at most the evaluated length {length}: gaps otherwise")
         if self.ttt and self.ttt.kind != "sgd" and self.ttt.lora.widest_chunk > (self.ttt.seq_len or length):
-            chunk = self.ttt.lora.widest_chunk
-            out.append(
-                f"ttt.lora.chunk={chunk} must be at most the window of {self.ttt.seq_len or length} (ttt.seq_len)"
-            )
+            window = self.ttt.seq_len or length
+            out.append(f"ttt.lora.chunk={self.ttt.lora.widest_chunk} must fit the window of {window} (ttt.seq_len)")
         if self.eval.documents and self.eval.documents.stride > length:
             out.append(f"eval.documents.stride={self.eval.documents.stride} must be at most {length}: gaps otherwise")
         cap, eggroll = self.train.max_wallclock_seconds, self.quant.eggroll

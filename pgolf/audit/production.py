@@ -26,6 +26,8 @@ from pgolf.eval.windowed import PlainWindows, SlidingWindows
 from pgolf.model.gpt import GPT
 from pgolf.ngram.config import NgramConfig
 from pgolf.ngram.scorers import SCORERS
+from pgolf.ttt.build import Frame, build
+from pgolf.ttt.config import LoraConfig, PhasesConfig, SgdConfig, TttConfig
 
 TOY_VOCAB, TOY_LENGTH = 32, 32
 TOY_GAIN = 40.0  # on the tied embedding: an untrained model is nearly uniform, which would hide what adds up wrongly
@@ -74,6 +76,36 @@ def tempered(source: Source) -> EvaluatorScorer:
     return WithNeutral(source, windows, Temperature(0.9, adaptive=True))
 
 
+class Learning(EvaluatorScorer):
+    """Test-time training; with a rate of 0 it is the windows that it scores in."""
+
+    def __init__(self, source: Source, cfg: TttConfig, quiet: TttConfig | None = None, world_size: int = 1):
+        self.cfg, self.quiet = cfg, quiet
+        frame = Frame(source.seq_len, max(source.seq_len // 4, 1), 4 * source.seq_len)
+        super().__init__(source, partial(build, cfg, frame), world_size=world_size)
+        self.config_digest = hashlib.sha256(f"{self.name} {sorted(tree.flatten(cfg).items())}".encode()).hexdigest()
+        if quiet is not None:
+            self.neutral = lambda: (Learning(source, quiet), sliding(source))
+
+
+def ttt_sgd(source: Source) -> Learning:
+    sizes = {"chunk": 64, "epochs": 1, "lr": 0.05} if source.is_toy else {}
+    return Learning(source, TttConfig(sgd=SgdConfig(**sizes)), TttConfig(sgd=SgdConfig(**sizes | {"lr": 0.0})))
+
+
+def ttt_lora(source: Source) -> Learning:
+    return Learning(source, TttConfig(kind="lora", lora=_lora(source)))
+
+
+def ttt_phased(source: Source) -> Learning:
+    phases = PhasesConfig(documents=4, count=2, chunk=32, lr=0.05) if source.is_toy else PhasesConfig()
+    return Learning(source, TttConfig(kind="phased", lora=_lora(source), phases=phases))
+
+
+def _lora(source: Source) -> LoraConfig:
+    return LoraConfig(rank=2, alpha=2.0, chunk=8, slots=4, lr=0.01, weight_decay=0.0) if source.is_toy else LoraConfig()
+
+
 # -- n-gram scorers ----------------------------------------------------------------------------------------------------
 
 
@@ -88,4 +120,7 @@ PRODUCTION: dict[str, Callable[[Source], Any]] = {
     "sliding": sliding,
     "documents": documents,
     "temperature": tempered,
+    "ttt_sgd": ttt_sgd,
+    "ttt_lora": ttt_lora,
+    "ttt_phased": ttt_phased,
 } | {name: partial(ngram, name) for name in SCORERS if name != "neural"}
