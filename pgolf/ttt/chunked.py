@@ -15,7 +15,7 @@ from pgolf.eval.ledger import Interval
 from pgolf.eval.neural import Neural
 from pgolf.eval.spans import Span
 from pgolf.eval.windowed import Windows
-from pgolf.ttt.config import SgdConfig
+from pgolf.ttt.config import SgdConfig, digest
 from pgolf.ttt.learner import Compiled, Learner, Loan, Text, check_length, rate_at
 
 
@@ -50,7 +50,10 @@ class ChunkTtt(Evaluator):
             raise ConfigError("ttt.sgd.byte_weighted: needs byte_counts or val_bytes")
         self.cfg, self.stride, self.compiled = cfg, stride, compiled
         self.byte_counts, self.val_bytes = byte_counts, val_bytes
-        self.name = f"test-time training, {cfg.optimizer} on chunks of {cfg.chunk}, windows of {seq_len} by {stride}"
+        self.name = (
+            f"test-time training, {cfg.optimizer} on chunks of {cfg.chunk}, windows of {seq_len}, stride {stride},"
+            f" settings {digest(cfg)}"
+        )
         self.loan: Loan | None = None
 
     def start(self, tokens: Tensor, n_targets: int, neural: Neural, dist) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 KINDS = ("sgd", "lora", "phased")
 ORDERS = ("stream", "length_sorted")
 OPTIMIZERS = ("sgd", "adamw")
 PARTS = ("all", "query", "late")
 LORA_TARGETS = ("q", "k", "v", "o", "mlp", "head")
+
+
+def digest(*settings: Any) -> str:
+    """8 hex digits for these settings, in an evaluator's name: saves of other settings are not gone on from."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -60,15 +67,15 @@ class LoraConfig:
     """Low-rank adapters that learn one document and forget it (record of 2026-03-17; PR #1530, #1767)."""
 
     targets: str = "k,o,mlp,head"  # what gets adapters, of q, k, v, o, mlp, head
-    rank: int = 128
+    rank: int = 128  # of A and B
     alpha: float = 144.0  # adapters' output is scaled by alpha / rank
     chunk: int = 48  # targets that are scored, then learned from
     length_chunks: str = ""  # "256:8,2000:24": chunk 8 for documents of up to 256 targets, ...; needs length_sorted
     slots: int = 512  # documents at a time, over all ranks together
-    lr: float = 1e-4
-    beta1: float = 0.0
-    beta2: float = 0.99
-    eps: float = 1e-10
+    lr: float = 1e-4  # of AdamW, one step a chunk
+    beta1: float = 0.0  # first moment
+    beta2: float = 0.99  # second moment
+    eps: float = 1e-10  # added to the root of the second moment
     weight_decay: float = 0.5  # decoupled
     keep_a: bool = True  # a document's first adapter keeps A as its slot's last document left it; B is 0 always
     seed: int = 0  # of A's start
@@ -117,9 +124,9 @@ class PhasesConfig:
     count: int = 3  # phase i ends at floor(documents (i + 1) / count)
     lr: float = 0.001  # of the first chunk of a phase; cosine over its chunks
     warmup_chunks: int = 0  # chunks over which the rate rises linearly
-    momentum: float = 0.9
+    momentum: float = 0.9  # starts anew in each phase
     chunk: int = 32768  # tokens of a step; a phase's last chunk is not trained on
-    epochs: int = 1
+    epochs: int = 1  # over each chunk
     clip: float = 1.0  # largest L2 norm of the averaged gradient; 0 = no clipping
 
     def problems(self) -> list[str]:

@@ -19,7 +19,7 @@ from pgolf.eval.order import BOS, STREAM, Order
 from pgolf.eval.spans import SpanBatch
 from pgolf.kernels.cross_entropy import cross_entropy, softcap
 from pgolf.model.lora import attach, detach
-from pgolf.ttt.config import LoraConfig
+from pgolf.ttt.config import LoraConfig, digest
 from pgolf.ttt.learner import Compiled, Loan, check_length
 from pgolf.ttt.schedule import Document, Round, Schedule, documents
 from pgolf.ttt.slot_adam import SlotAdam
@@ -52,7 +52,10 @@ class DocumentTtt(Evaluator):
             raise ConfigError("ttt.lora.length_chunks: in stream order a document's length is not known; see ttt.order")
         self.cfg, self.bos = cfg, bos
         self.predict = compiled(self._predict)
-        self.name = f"test-time training, LoRA {cfg.rank} per document on {cfg.targets}, chunks of {cfg.chunk}"
+        self.name = (
+            f"test-time training, LoRA {cfg.rank} per document on {cfg.targets}, chunks of {cfg.chunk} in windows of"
+            f" {seq_len}, settings {digest(cfg)}"
+        )
         self.model = self.loan = self.scored = None
 
     def start(self, tokens: Tensor, n_targets: int, neural: Neural, dist) -> None:

@@ -15,7 +15,7 @@ from pgolf.eval.ledger import Interval
 from pgolf.eval.neural import Neural
 from pgolf.eval.order import BOS, STREAM, Order
 from pgolf.model.lora import detach
-from pgolf.ttt.config import LoraConfig, PhasesConfig
+from pgolf.ttt.config import LoraConfig, PhasesConfig, digest
 from pgolf.ttt.documents import DocumentTtt
 from pgolf.ttt.learner import Compiled, Learner, Text, rate_at
 from pgolf.ttt.schedule import Document
@@ -44,7 +44,7 @@ class PhasedTtt(DocumentTtt):
     ):
         super().__init__(cfg, seq_len, order, bos=bos, compiled=compiled)
         self.phases, self.rows, self.compiled = phases, rows, compiled
-        self.name += f", {phases.count} phases of SGD over {phases.documents} documents"
+        self.name += f", {phases.count} phases over {phases.documents} documents, settings {digest(phases)}"
 
     def start(self, tokens: Tensor, n_targets: int, neural: Neural, dist) -> None:
         super().start(tokens, n_targets, neural, dist)

@@ -56,6 +56,16 @@ def test_what_is_refused(cfg, text):
     assert any(text in line for line in problems(cfg))
 
 
+def test_other_settings_have_another_name():
+    """A saved evaluation is known by it."""
+    build_ = lambda **kw: build(replace(SMALL, **kw), Frame(WIDTH, 4))
+    names = [build_(kind=kind).name for kind in KINDS]
+    names += [build_(sgd=replace(SMALL.sgd, lr=0.1)).name]
+    names += [build_(kind=k, lora=replace(SMALL.lora, lr=0.1)).name for k in ("lora", "phased")]
+    names += [build_(kind="phased", phases=replace(SMALL.phases, lr=0.1)).name]
+    assert len(set(names)) == 7
+
+
 def test_chunks_by_length():
     cfg = RECORDS["phased_2014"].lora
     assert [cfg.chunk_of(n) for n in (1, 256, 257, 2000, 2001)] == [8, 8, 24, 24, 48] and cfg.widest_chunk == 48
