@@ -96,7 +96,7 @@ def row(name: str, scorer: Scorer, tokens: Tensor, last: int) -> dict:
     began = time.monotonic()
     prepared = scorer.prepare(tokens)
     bits = scorer.nats(prepared, statistics(tokens, prepared.hints)) / math.log(2)
-    z = hashed_mass(scorer, tokens) if isinstance(scorer, LegacyHashed) else 1.0
+    z = hashed_mass(scorer, tokens) if isinstance(scorer, LegacyHashed) else None
     out = {"scorer": name, "valid": scorer.valid, "bits": bits.mean().item(), "last_chunk": bits[-last:].mean().item()}
     print(f"{name}: {out['bits']:.3f} bits", file=sys.stderr, flush=True)
     return out | {"z": z, "seconds": time.monotonic() - began}
@@ -117,9 +117,10 @@ def page(found: dict) -> str:
     """The Markdown page."""
     card = found["card"]
     rows = [
-        [r["scorer"], "yes" if r["valid"] else "**no**", f"{r['bits']:.3f}", f"{r['last_chunk']:.3f}", f"{r['z']:,.0f}"]
+        [r["scorer"], "yes" if r["valid"] else "**no**", f"{r['bits']:.3f}", f"{r['last_chunk']:.3f}",
+         "1 by construction" if r["z"] is None else f"{r['z']:,.0f}"]
         for r in found["rows"]
-    ]
+    ]  # fmt: skip
     bits, machine = math.log2(found["vocab"]), f"{card.get('name')}, torch {card.get('torch')}"
     text = f"""# n-gram scorers on noise
 

@@ -313,6 +313,30 @@ ALIASES: dict[str, str | Alias] = {
     "SKIP_GATED": "model.plan.skips.gated",
     "SKIP_GATES_ENABLED": "model.plan.skips.gated",  # PR #1218's name for the same formula
     "RESID_LAMBDAS": _modes("model.wiring.resid_lambdas", "frozen", {"learned": "false", "frozen": "true"}),
+    # test-time training (PR #401, #1130, #1156 and the document adapters of PR #1530 onwards)
+    "TTT_ENABLED": gate("ttt"),
+    "TTT_LR": "ttt.sgd.lr",
+    "TTT_EPOCHS": "ttt.sgd.epochs",
+    "TTT_CHUNK_TOKENS": "ttt.sgd.chunk",
+    "TTT_FREEZE_BLOCKS": "ttt.sgd.freeze_blocks",
+    "TTT_MOMENTUM": "ttt.sgd.momentum",
+    "TTT_BATCH_SEQS": "ttt.sgd.step_rows",
+    "TTT_GRAD_CLIP": "ttt.sgd.clip",
+    "TTT_OPTIMIZER": "ttt.sgd.optimizer",
+    "TTT_WD": "ttt.sgd.weight_decay",
+    "TTT_SAM": _chosen("ttt.sgd.sam", off="0", on="0.05"),
+    "TTT_EMA_DECAY": "ttt.sgd.shadow",
+    "TTT_WARMUP_CHUNKS": "ttt.sgd.warmup_chunks",
+    "TTT_MAX_TRAIN_CHUNKS": "ttt.sgd.max_chunks",
+    "TTT_FREEZE_EMBED": "ttt.sgd.freeze_tables",
+    "TTT_DISCRIMINATIVE_LR": "ttt.sgd.block_rates",
+    "TTT_LORA_RANK": "ttt.lora.rank",
+    "TTT_LORA_ALPHA": "ttt.lora.alpha",
+    "TTT_LORA_LR": "ttt.lora.lr",
+    "TTT_BETA1": "ttt.lora.beta1",
+    "TTT_BETA2": "ttt.lora.beta2",
+    "TTT_WARM_START_A": "ttt.lora.keep_a",
+    "GLOBAL_TTT_LR": "ttt.phases.lr",
 }
 
 # First one that is set wins, as in PR #1380 (D2Z, of another script, comes behind; golden is cosine with a high floor).

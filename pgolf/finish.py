@@ -142,6 +142,7 @@ def scoring_of(trainer: Trainer, loaded: Loaded, artifact: bytes, run_dir: Path,
         folder=run_dir / "evaluation" if trainer.saver else None,
         what=what,
         mixer=extras.mixer_of(loaded.extras),
+        compiled=trainer.compiled,
         say=log.line,
         progress=log.progress,
     )

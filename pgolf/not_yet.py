@@ -66,15 +66,17 @@ NOT_YET: dict[str, Missing] = {
     **_missing("a weight trick", "CONTROLLED_BURN SYNAPTIC_SCALE WEIGHT_PERTURB MUTATION_DECAY"),
     **_missing("int5 for the matrices of the smallest Hessians (quant.overrides names them)", "N_INT6_LAYERS", AFTER),
     **_missing("activation-aware repair", "AWQ_LITE AWQ_LITE_ENABLED", AFTER),
-    **_missing("temperature scaling", "TEMP_SCALING", AFTER),
-    **_missing("n-gram mixing at evaluation", "CUBRIC_CADENCE", AFTER),
+    **_missing(
+        "temperature chosen on validation (eval.temperature=on: on training data)", "TEMP_SCALING", AFTER
+    ),
+    **_missing("multipliers that each rank adapts by itself", "CUBRIC_CADENCE", AFTER),
     **_missing("a hash embedding trained at evaluation", "HASH_EMBED_ENABLED", AFTER),
     **_missing("skipping the final evaluation", "SKIP_FINAL_EVAL", AFTER),
 }
 # Whole families of names; each is off at 0 and empty.
 NOT_YET_FAMILIES = {
-    "TTT_": Missing("test-time training", AFTER),
-    "NGRAM_": Missing("n-gram mixing at evaluation", AFTER),
+    "TTT_": Missing("this part of test-time training (ttt=on has the rest)", AFTER),
+    "NGRAM_": Missing("hashed n-gram tables, whose scores are no probabilities; ngram=on has scorers that are", AFTER),
 }
 
 

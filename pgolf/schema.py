@@ -10,6 +10,7 @@ from pgolf.model.config import LossConfig, ModelConfig
 from pgolf.ngram.config import NgramConfig
 from pgolf.optim.config import AverageConfig, OptimConfig, ScheduleConfig
 from pgolf.quant.config import QuantConfig
+from pgolf.ttt.config import TttConfig
 
 CHOICES = {
     "compile": ("auto", "on", "off"),
@@ -113,6 +114,7 @@ class RunConfig:
     average: AverageConfig = field(default_factory=AverageConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    ttt: TttConfig | None = None
     ngram: NgramConfig | None = None
 
     def problems(self) -> list[str]:
@@ -121,6 +123,11 @@ class RunConfig:
         length = self.eval.seq_len or self.data.seq_len
         if self.eval.stride > length:
             out.append(f"eval.stride={self.eval.stride} must be at most the evaluated length {length}: gaps otherwise")
+        if self.ttt and self.ttt.kind != "sgd" and self.ttt.lora.widest_chunk > (self.ttt.seq_len or length):
+            chunk = self.ttt.lora.widest_chunk
+            out.append(
+                f"ttt.lora.chunk={chunk} must be at most the window of {self.ttt.seq_len or length} (ttt.seq_len)"
+            )
         if self.eval.documents and self.eval.documents.stride > length:
             out.append(f"eval.documents.stride={self.eval.documents.stride} must be at most {length}: gaps otherwise")
         cap, eggroll = self.train.max_wallclock_seconds, self.quant.eggroll

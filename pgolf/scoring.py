@@ -70,23 +70,23 @@ def plain_windows(cfg: RunConfig) -> PlainWindows:
     return PlainWindows(cfg.eval.seq_len or cfg.data.seq_len, cfg.eval.batch_tokens)
 
 
-def passes(cfg: RunConfig) -> list[Pass]:
-    """The neural passes of a run, in order."""
-    e, length = cfg.eval, cfg.eval.seq_len or cfg.data.seq_len
-    out = [Pass("", plain_windows(cfg), e.max_tokens)]
-    if e.stride:
-        out.append(Pass("sliding", SlidingWindows(length, e.stride, e.batch_tokens), e.sliding_max_tokens))
-    if e.documents:
-        windows = DocumentWindows(length, e.documents.stride, e.batch_tokens)
-        out.append(Pass("documents", windows, e.sliding_max_tokens))
-    return out
+def pass_names(cfg: RunConfig) -> list[str]:
+    """Suffixes of the neural passes of a run, in order; "" is the plain one."""
+    on = {"": True, "sliding": cfg.eval.stride, "documents": cfg.eval.documents, "ttt": cfg.ttt}
+    return [name for name, wanted in on.items() if wanted]
+
+
+def longest(cfg: RunConfig) -> int:
+    """The longest row that any pass feeds the model."""
+    return max(cfg.eval.seq_len or cfg.data.seq_len, cfg.ttt.seq_len if cfg.ttt else 0)
 
 
 class Scoring:
     """What all passes of one evaluation share.
 
     neural: the model. label: what its scores are called, "int6_brotli_roundtrip". folder: where progress is saved; None
-    saves nothing. what: names of the artifact and the data, for saves. mixer: weights of an n-gram gate.
+    saves nothing. what: names of the artifact and the data, for saves. mixer: weights of an n-gram gate. compiled: what
+    wraps the forward and backward of test-time training.
     """
 
     def __init__(
@@ -102,22 +102,52 @@ class Scoring:
         folder: Path | None = None,
         what: dict[str, str] | None = None,
         mixer: dict[str, Tensor] | None = None,
+        compiled: Callable[[Callable], Callable] = lambda fn: fn,
         say: Callable[[str], None] = lambda text: None,
         progress: Callable[[str, int, int], None] = lambda label, done, total: None,
     ):
         self.cfg, self.neural, self.data, self.dist, self.label = cfg, neural, data, dist, label
         self.stop, self.ledger, self.folder, self.what = stop or Stop(), ledger or TimeLedger(), folder, what or {}
-        self.mixer, self.say, self.progress = mixer, say, progress
+        self.mixer, self.compiled, self.say, self.progress = mixer, compiled, say, progress
 
     def run(self) -> Iterator[Score]:
         """Every pass of the settings. Raises OutOfTime before a limit is crossed. Collectives."""
-        todo = passes(self.cfg)
+        todo = [self.find(name) for name in pass_names(self.cfg)]
         for one in todo[:-1]:
             yield Score(one.suffix, self.score(one))
         if self.cfg.ngram is None:
             yield Score(todo[-1].suffix, self.score(todo[-1]))
         else:
             yield from self.with_ngrams(todo[-1])
+
+    def find(self, suffix: str) -> Pass:
+        """The pass of that name."""
+        cfg, e = self.cfg, self.cfg.eval
+        length, limit = e.seq_len or cfg.data.seq_len, e.sliding_max_tokens
+        if not suffix:
+            return Pass("", plain_windows(cfg), e.max_tokens)
+        if suffix == "sliding":
+            return Pass(suffix, SlidingWindows(length, e.stride, e.batch_tokens), limit)
+        if suffix == "documents":
+            return Pass(suffix, DocumentWindows(length, e.documents.stride, e.batch_tokens), limit)
+        return Pass(suffix, self._learner(length), limit)
+
+    def _learner(self, length: int) -> Evaluator:
+        from pgolf.ttt.build import Frame, build, order_of  # only where it is asked for
+
+        e, data = self.cfg.eval, self.data
+        n = min(e.sliding_max_tokens or len(data.val) - 1, len(data.val) - 1)
+        frame = Frame(
+            length,
+            e.stride or length,
+            e.batch_tokens,
+            order_of(self.cfg.ttt, data.val[: n + 1]),
+            self.dist.world_size,
+            data.byte_counts,
+            data.val_bytes,
+            self.compiled,
+        )
+        return build(self.cfg.ttt, frame)
 
     def score(self, one: Pass, readers: Sequence[Reader] = ()) -> EvalResult:
         """One neural pass."""

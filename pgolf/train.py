@@ -57,11 +57,10 @@ class Trainer:
         )
         with log.phase("data", ledger):
             self.data = self._open_data()
-        eval_len = cfg.eval.seq_len or cfg.data.seq_len
         self.model = GPT(
             cfg.model,
             train_length=cfg.data.seq_len,
-            max_length=eval_len,
+            max_length=scoring.longest(cfg),
             compute_dtype=self.runtime.compute_dtype,
             fold_scales=k.fold_scales,
         )

@@ -35,6 +35,10 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if args.what == "controls":
         return examine_controls(sizes, args.json)
     scorer = find(args.what, args.model, args.seed)
+    if sizes.text is not None and int(sizes.text.max()) >= scorer.vocab_size:
+        raise ConfigError(
+            f"--text {args.text}: token {int(sizes.text.max())}, {scorer.name} has {scorer.vocab_size} ids"
+        )
     results: dict[str, Result] = {}
     print(f"{scorer.name}, {scorer.vocab_size} ids, seed {sizes.seed}", flush=True)
     for name in suite.TESTS:
@@ -86,7 +90,12 @@ def _sizes(args: argparse.Namespace) -> Sizes:
             raise ConfigError(f"--noise-tokens {args.noise_tokens}: expected at least 2")
         out = replace(out, noise_tokens=args.noise_tokens)
     if args.text:
-        tokens = np.asarray(read_shard(args.text)[: max(out.noise_tokens, out.length)]).astype(np.int64)
+        needed = max(out.noise_tokens, out.length)
+        tokens = np.asarray(read_shard(args.text)[:needed]).astype(np.int64)
+        if len(tokens) < needed:
+            raise ConfigError(
+                f"--text {args.text}: {len(tokens):,} tokens, the tests need {needed:,}: --noise-tokens N"
+            )
         out = replace(out, text=torch.from_numpy(tokens))
     return out
 

@@ -27,7 +27,7 @@ from pgolf.rescore import grid, report
 from pgolf.rescore.run import Line, run_group
 from pgolf.rescore.subject import Subject, locate, open_subject, settings_of
 from pgolf.result import write_file
-from pgolf.scoring import Scoring
+from pgolf.scoring import Scoring, longest
 from pgolf.signals import Stop
 
 # What may differ from the run's settings: how it is scored, on which data, on what machine
@@ -123,6 +123,7 @@ def _run(args: argparse.Namespace, found: Path, cfg: RunConfig, rows: list[grid.
     compiled = (lambda fn: torch.compile(fn, dynamic=False)) if chosen.compile.value == "on" else (lambda fn: fn)
     with paths(**chosen.paths):
         for group in grid.groups_of(rows):
+            subject.fit_length(longest(group.cfg))
             scoring = Scoring(
                 group.cfg,
                 Neural(subject.model, extras.temperature_of(subject.extras), compiled),
@@ -133,6 +134,7 @@ def _run(args: argparse.Namespace, found: Path, cfg: RunConfig, rows: list[grid.
                 folder=out / "progress",
                 what={"model": subject.sha256, "data": data.val_sha256(), "dtype": chosen.dtype.value},
                 mixer=extras.mixer_of(subject.extras),
+                compiled=compiled,
                 say=say,
                 progress=_progress(say),
             )

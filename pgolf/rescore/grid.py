@@ -12,7 +12,7 @@ from pgolf.config import NODES, show
 from pgolf.errors import ConfigError
 from pgolf.ngram.config import NgramConfig
 from pgolf.schema import RunConfig
-from pgolf.scoring import passes
+from pgolf.scoring import pass_names
 
 NONE = "none"
 SECTIONS = ("eval.", "ttt.", "ngram.")
@@ -59,7 +59,7 @@ def rows_of(
 ) -> list[Row]:
     """Every combination. suffixes: passes, [] = the last of the settings. scorers: n-gram scorers or "none", [] = what
     the settings have. An axis of the n-grams makes no second row of a pass without them. Raises ConfigError."""
-    names = [one.suffix for one in passes(cfg)]
+    names = pass_names(cfg)
     wanted = ["" if name == "plain" else name for name in suffixes] or names[-1:]
     if unknown := [name for name in wanted if name not in names]:
         told = ", ".join(name or "plain" for name in names)

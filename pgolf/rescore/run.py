@@ -20,7 +20,7 @@ from pgolf.eval.stats import Collector, TokenStats
 from pgolf.ngram.counts import StreamCounts
 from pgolf.ngram.scorer import Prepared, Scorer
 from pgolf.rescore.grid import Group, Row
-from pgolf.scoring import Pass, Scoring, VectorReader, passes, stats_of_hints
+from pgolf.scoring import Pass, Scoring, VectorReader, stats_of_hints
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Plan:
 
 def run_group(scoring: Scoring, group: Group, cache: Path | None) -> list[Line]:
     """Every row of a group. scoring: with the group's settings. cache: folder of kept statistics. Collectives."""
-    one = next(p for p in passes(group.cfg) if p.suffix == group.suffix)
+    one = scoring.find(group.suffix)
     plan = plan_of(scoring, group, one)
     path, what = None, {}
     if cache is not None:

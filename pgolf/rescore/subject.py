@@ -37,6 +37,12 @@ class Subject:
     sha256: str
     tokenizer: str
 
+    def fit_length(self, length: int) -> None:
+        """Makes rotary tables for rows of `length`, where those of the run were shorter."""
+        if length > self.model.max_length:
+            self.model.max_length = length
+            self.model.set_rope_()
+
 
 def locate(path: Path) -> Path:
     """The artifact's file or the checkpoint's folder that `path` means. Raises ConfigError when there is neither."""

@@ -83,9 +83,14 @@ def test_bad_input(argv, says, capsys):
     assert says in capsys.readouterr().err
 
 
-def test_real_text(tmp_path):
+def test_real_text(tmp_path, capsys):
     shard = tmp_path / "fineweb_val_000000.bin"
-    write_shard(shard, (torch.arange(400) % 60).numpy())
-    sizes = command._sizes(command._parser().parse_args(["uniform", "--quick", "--text", str(shard)]))
-    assert sizes.text.tolist() == (torch.arange(400) % 60).tolist()
-    assert suite.run_tests(VALID["uniform"](64), sizes, ("noise", "prefix"))["noise"].status == "passed"
+    write_shard(shard, (torch.arange(400) % 70).numpy())
+    quick = ["--quick", "--no-controls", "--text", str(shard)]
+    sizes = command._sizes(command._parser().parse_args(["uniform", "--noise-tokens", "300", *quick]))
+    assert sizes.text.tolist() == (torch.arange(300) % 70).tolist()
+    assert suite.run_tests(VALID["uniform"](70), sizes, ("noise", "prefix"))["noise"].status == "passed"
+    assert __main__.main(["audit", "uniform", *quick], {}) == 2
+    assert "400 tokens, the tests need 2,048" in capsys.readouterr().err
+    assert __main__.main(["audit", "uniform", "--noise-tokens", "300", *quick], {}) == 2
+    assert "token 69, uniform has 64 ids" in capsys.readouterr().err

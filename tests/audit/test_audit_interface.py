@@ -12,8 +12,10 @@ from pgolf.audit.causality import difference
 from pgolf.audit.interface import BlockScorer, nats_of
 from pgolf.audit.result import FAILED, PASSED, SKIPPED, Sizes
 from pgolf.audit.suite import run_tests
-from pgolf.audit.valid import Bigram, BigramScorer, Uniform
+from pgolf.audit.valid import Bigram, BigramScorer, Uniform, Unigram
 from pgolf.errors import ConfigError
+from pgolf.eval.ledger import Ledger
+from pgolf.eval.order import length_sorted
 
 TINY = Sizes(length=96, positions=2, substitutions=64, tails=1, noise_tokens=1024, round_trip=40)
 
@@ -123,3 +125,29 @@ def test_reports_of_wrong_fields_are_caught_one_by_one():
 
     for make, test in ((Forgets, "prefix"), (Misses, "ledger"), (LooksOn, "future")):
         assert run_tests(make(), TINY, (test,))[test].status == FAILED, make.__doc__
+
+
+class Sorted(Uniform):
+    """A unigram that goes through documents by length."""
+
+    def nats(self, tokens):
+        stream, where = length_sorted(tokens).permuted(tokens)
+        return Unigram(self.vocab_size).nats(stream)[where.numpy() - 1]
+
+    def distribution(self, tokens):
+        raise AssertionError("not asked for")
+
+    def ledger(self, tokens):
+        out = Ledger(order=length_sorted(tokens))
+        out.each(self.name, [(0, tokens.numel() - 1)])
+        return out
+
+
+def test_another_order_must_be_declared():
+    tests = ("substitution", "future", "prefix", "ledger")
+    assert FAILED in {r.status for r in run_tests(Sorted(), TINY, tests).values()}
+    declared = Sorted()
+    declared.order_name = "length_sorted"
+    found = run_tests(declared, TINY, tests)
+    assert {r.status for r in found.values()} == {PASSED}
+    assert "document lengths" in found["ledger"].warning and "one document" in found["prefix"].warning
