@@ -260,9 +260,9 @@ def page(data: dict[str, Any], rows: Sequence[Found]) -> str:
     ]
     model, machine = data["model"], data["machine"]
     about = (
-        f"Model: preset `{model['preset']}`, seed {model['seed']}, {model['steps']} steps, data {model['data']},"
-        f" reloaded from its artifact. {rows[0].targets:,} validation targets, default settings but as named: nothing was"
-        " chosen by its score. The model is small and short of training, so counts and adaptation know much that it does not."
+        f"Model: preset `{model['preset']}`, seed {model['seed']}, {model['steps']} steps, data {model['data']}, from"
+        f" its artifact. {rows[0].targets:,} validation targets, default settings but as named: nothing was chosen by"
+        " its score. The model is small and short of training, so counts and adaptation know much that it does not."
         " Over the challenge's best models valid n-grams gain less than 3 mBPB and test-time training 2 to 4"
         " ([n-grams](../ngram.md), [test-time training](../test_time_training.md) name the sources). Seconds of an"
         " n-gram scorer hold those of the pass below it."
