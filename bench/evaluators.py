@@ -217,7 +217,7 @@ def unsafe(cfg: RunConfig, subject: Subject, data: Data) -> Found:
     nats = scorer.nats(scorer.prepare(tokens), stats)
     result = scoring.metered(nats, tokens, neural, UNSAFE)
     seconds = neural.seconds + time.monotonic() - began
-    return Found(UNSAFE, result.val_bpb, result.val_loss, seconds, result.targets, "hashed_legacy", "sliding")
+    return Found(UNSAFE, result.val_bpb, result.val_loss, seconds, result.targets, UNSAFE, "sliding")
 
 
 def verdict(name: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pgolf.dist import Dist
 from pgolf.errors import BudgetError
 from pgolf.signals import Stop
 
+WORTH_TELLING = 10.0  # seconds that an evaluation takes at least for its predicted time to be told
 MARKS = 50  # looks at the time per evaluation; each waits for the GPU
 # The step that runs when the cap comes is finished, as in the challenge's own script, and a GPU's queue holds two more.
 STEPS_UNDER_WAY = 3
@@ -81,7 +82,7 @@ class Watch:
 
     def __call__(self, done: int, rounds: int) -> None:
         """done of `rounds` are over, the same on all ranks. Raises Stopped and OutOfTime, on all ranks alike."""
-        mark = bool(self.limit) and done >= self.next_mark
+        mark = done >= self.next_mark
         if mark:
             self.dist.synchronize()
         now = self.clock.tick(self.stop.code) / 1000
@@ -96,14 +97,18 @@ class Watch:
         elif not self.predicted:
             self.predicted = True
             total = self.first_s + (now - self.first_s) * (rounds - 1) / (done - 1)
-            if total > self.limit - self.reserve:
+            if self.limit and total > self.limit - self.reserve:
                 self.say(
                     f"warning: {self.label} will take until {total:.0f} s of evaluation, the limit is {self.limit:g} s"
                     " (eval.max_seconds) and it will be stopped before; a larger eval.stride takes less,"
                     " eval.sliding_max_tokens scores a part, eval.max_seconds=0 lifts the limit"
                 )
+            elif total - self.already >= WORTH_TELLING:
+                self.say(
+                    f"{self.label} will take about {total - self.already:.0f} s ({done} of {rounds} batches are done)"
+                )
         last, self.mark_s = now - self.mark_s if done > 1 else 0.0, now
-        if done < rounds and now + last > self.limit - self.reserve:
+        if self.limit and done < rounds and now + last > self.limit - self.reserve:
             raise OutOfTime(
                 f"{self.label} was stopped after {now:.1f} s of evaluation with {done} of {rounds} batches scored: the"
                 f" limit is {self.limit:g} s (eval.max_seconds), of which {self.reserve:g} s are kept in reserve.\n"

@@ -288,7 +288,7 @@ class Trainer:
         self.model.eval()
         if self.cast:
             self.cast.refresh_()
-        data, watch = self.data, limits.Watch(self.dist, self.stop, "validation")
+        data, watch = self.data, limits.Watch(self.dist, self.stop, "validation", say=self.log.line)
         try:
             with self.dist.patient():  # the first one compiles
                 return evaluate(

@@ -43,9 +43,11 @@ def scoring(seconds, rounds=100, **how) -> tuple[list[str], int, Exception | Non
     return said, rounds, None
 
 
-def test_what_fits_is_not_spoken_of():
-    assert scoring(1.0, limit=150.0, reserve=1.0) == ([], 100, None)
-    assert scoring(1000.0) == ([], 100, None)  # no limit
+def test_the_time_is_foretold_after_two_percent_if_it_is_worth_a_line():
+    fits = ["sliding will take about 104 s (3 of 100 batches are done)"]
+    assert scoring(1.0, limit=150.0, reserve=1.0) == (fits, 100, None)
+    assert scoring(1.0) == (fits, 100, None)  # no limit
+    assert scoring(0.01, limit=150.0) == ([], 100, None)
 
 
 def test_what_will_not_fit_is_foretold_after_two_percent_and_stopped_before_the_limit():
@@ -64,7 +66,7 @@ def test_the_first_batch_which_compiles_is_not_multiplied():
     for done in range(2, 21):
         hand.at += 1
         watch(done, 20)
-    assert said == []
+    assert said == ["plain will take about 79 s (2 of 20 batches are done)"]
 
 
 def test_earlier_phases_count():

@@ -363,7 +363,7 @@ def legacy(vocab_size: int, buckets: int = 128, block: int = 64) -> BlockScorer:
 
 SUM, VECTOR, CODED = "substitution", "vector", "round_trip"
 CONTROLS = {
-    "hashed_legacy": Control(legacy, (SUM, VECTOR, "noise"), "pairs and contexts collide independently"),
+    "legacy_hashed_unsafe": Control(legacy, (SUM, VECTOR, "noise"), "pairs and contexts collide independently"),
     "oracle_min": Control(_blocks(OracleMin, "oracle-min gating"), (SUM, VECTOR, CODED), "the better by hindsight"),
     "class_gate": Control(_blocks(ClassGate, "target-class gate"), (SUM, "class_flip", "future"), "it knows the class"),
     "update_before_score": Control(UpdateBeforeScore, (SUM, "future", "ledger"), "it has learned what it scores"),

@@ -210,13 +210,44 @@ def _texts(f: Folder) -> list[str]:
     return [log.text for log in f.logs]
 
 
+ADAPTS = re.compile(r"^evidence score_pass:(?:ttt|ngram)|^(?!setting ).*(?:\bttt\b|\blegal_ttt|phase:adapt|test-time)",
+                    re.I | re.M)  # fmt: skip
+LEDGER = re.compile(r"^evidence score_pass:(\w+) .*order:(\S+) ledger_digest:([0-9a-f]{64})$", re.M)
+
+
 def order(f: Folder) -> Finding:
-    adapting = [log.name for log in f.logs if re.search(r"\bttt\b|\blegal_ttt|phase:adapt|test-time", log.text, re.I)]
-    if adapting and f.audit and f.audit.get("passed") is True and f.audit_status("ledger") == "passed":
-        return ok(f"{adapting[0]} adapts during evaluation; the audit's ledger has scores first")
-    if adapting:
-        return skip(f"{adapting[0]} adapts during evaluation; that scores come first does not show in a log")
-    return ok("evaluation without adaptation") if f.logs else skip(NO_LOGS)
+    """A run of pgolf ends without a score when its ledger has an update before a score; so a digest is a proof's."""
+    adapting = [log for log in f.logs if ADAPTS.search(log.text)]
+    if not adapting:
+        return ok("evaluation without adaptation") if f.logs else skip(NO_LOGS)
+    name, proofs = adapting[0].name, [LEDGER.search(log.text) for log in adapting]
+    if f.is_ours and all(proofs):
+        orders = sorted({proof[2] for proof in proofs})
+        if any(not order.startswith("stream") for order in orders):
+            return warn(
+                f"documents are scored in the order {orders[0]}, which uses where the next document begins",
+                "whether that is allowed has not been ruled; ttt.order=stream is beyond doubt",
+            )
+        return ok(f"{name} adapts; its ledger was checked, scores come first (sha256 {proofs[0][3][:16]}...)")
+    if f.audit and f.audit.get("passed") is True and f.audit_status("ledger") == "passed":
+        return ok(f"{name} adapts during evaluation; the audit's ledger has scores first")
+    return skip(f"{name} adapts during evaluation; that scores come first does not show in a log")
+
+
+UNSAFE = "legacy_hashed_unsafe"
+HASHED = re.compile(r"\bNGRAM_EVAL_(?:BUCKETS|ORDER)\b")
+
+
+def hashed(f: Folder) -> Finding:
+    """Hashed n-gram tables sum to hundreds over the vocabulary; scores with them were disallowed as a class (#677)."""
+    why = "docs/why_hashed_scores_are_no_code_lengths.md; ngram=on has scorers that are distributions"
+    if named := [log.name for log in f.logs if UNSAFE in log.text]:
+        return fail(f"{named[0]} scores with {UNSAFE}, whose numbers are no probabilities", why)
+    scripts = [] if f.is_ours or f.script is None else f.script.files.values()
+    used = [log.name for log in f.logs if re.search(r"^final\w*ngram\w*", log.text, re.M)]
+    if used and any(HASHED.search(text) for text in [*scripts, *_texts(f)]):
+        return fail(f"{used[0]} has a score with hashed n-gram tables, which is no code length", why)
+    return ok("no hashed n-gram tables") if f.logs else skip(NO_LOGS)
 
 
 def documents(f: Folder) -> Finding:
@@ -329,6 +360,7 @@ RULES = {
     "PG102": Rule("training data hold no validation documents", shards),
     "PG111": Rule("the split begins with BOS", first_token),
     "PG131": Rule("scored before adapted", order),
+    "PG132": Rule("no hashed n-gram tables", hashed),
     "PG181": Rule("a log for each seed", a_log_a_seed),
     "PG182": Rule("the logs are whole", whole_logs),
     "PG183": Rule("scores in logs and submission.json agree", scores_agree),

@@ -21,6 +21,8 @@ SHARED = {
     "val_tokens": "another validation split",
     "target_bytes": "other byte counts",
     "data": "other data",
+    "score_pass": "another evaluation",
+    "order": "another order of documents",
 }
 NUMBERS = (
     "seed",
@@ -74,7 +76,8 @@ def load(path: Path) -> Run:
         log, script, artifact = ((path / FILES[name]).read_bytes() for name in ("log", "script", "artifact"))
     except (OSError, ValueError, RecursionError) as err:
         raise ArtifactError(f"{path}: cannot be read: {err}") from err
-    if not isinstance(facts, dict) or (gaps := [k for k in (*SHARED, *NUMBERS, "ledger") if facts.get(k) is None]):
+    needed = (*SHARED, *NUMBERS, "ledger", "scores", "ledger_digest")
+    if not isinstance(facts, dict) or (gaps := [k for k in needed if facts.get(k) is None]):
         gaps = gaps if isinstance(facts, dict) else list(NUMBERS)
         raise ArtifactError(
             f"{path}: result.json lacks {', '.join(gaps)}: an older version's run, or one without a score"

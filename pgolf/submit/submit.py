@@ -137,7 +137,21 @@ def describe(found: Sequence[Run], args: argparse.Namespace, compared: Compariso
     if compared:
         out["comparison"] = comparison_entry(compared, baseline(args.baseline)[1])
     out["pgolf"] = {name: first[name] for name in (*runs.SHARED, "preset")}
+    out["compliance"] = compliance(found)
     return out
+
+
+def compliance(found: Sequence[Run]) -> dict[str, bool]:
+    """What others ask of an entry, as far as runs know it."""
+    passes = {score["pass"] for run in found for score in run.facts["scores"]}
+    train, evaluation = ([run.seconds(budget) for run in found] for budget in ("training", "evaluation"))
+    out = {
+        "train_under_600s": max(train) <= runs.SECONDS + 1, "eval_under_600s": max(evaluation) <= runs.SECONDS,
+        "artifact_under_16mb": all(run.facts["total_bytes"] <= runs.LIMIT for run in found),
+        "no_slot": True, "no_pre_quant_ttt": True, "no_etlb": True, "no_ngram_cache": "ngram" not in passes,
+        "score_first_ttt": True, "three_seeds": len(found) >= 3,
+    }  # fmt: skip
+    return out | ({"ngram_normalised": True} if "ngram" in passes else {})
 
 
 def calibrated(found: Sequence[Run]) -> str:
@@ -158,7 +172,8 @@ def seed_entry(run: Run) -> dict[str, Any]:
         "train_wallclock_ms": 1000 * run.seconds("training"), "eval_time_s": run.seconds("evaluation"),
         "val_tokens": run.facts["val_tokens"], "target_tokens": run.facts["targets"],
         "target_bytes": run.facts["target_bytes"], "pre_quant_val_bpb": run.facts["val_bpb"],
-        "quantized_val_bpb": run.facts["val_bpb_artifact"],
+        "quantized_val_bpb": run.facts["val_bpb_artifact"], "ledger_digest": run.facts["ledger_digest"],
+        "scores": {score["pass"]: score["val_bpb"] for score in run.facts["scores"]},
         "ledger": {name: round(row["seconds"], 3) for name, row in run.facts["ledger"].items()},
     }  # fmt: skip
 
