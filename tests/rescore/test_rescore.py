@@ -1,6 +1,9 @@
 """A run with every pass that is no adaptation, and `pgolf eval` on what it leaves."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,6 +16,7 @@ from pgolf import cli, config, extras, scoring
 from pgolf.artifact.model_io import load
 from pgolf.data.source import open_data
 from pgolf.dist import Dist
+from pgolf.eval.keep import Keeper
 from pgolf.eval.ledger import Ledger
 from pgolf.eval.neural import Neural, Temperature
 from pgolf.ngram.config import SCORER_NAMES
@@ -174,6 +178,63 @@ def test_ranks_agree_with_one(scorer, made, shards):
         for a, b in zip(alone, results, strict=True):
             assert b.val_bpb == pytest.approx(a.val_bpb, abs=1e-6) and b.targets == a.targets
     assert two[0][1].ledger.digest() == two[1][1].ledger.digest()
+
+
+class Killed(BaseException):
+    """As if the process had died."""
+
+
+def test_a_run_that_is_killed_while_it_scores_goes_on_there(shards, tmp_path, monkeypatch):
+    """RESUME=auto: no step again, the same artifact, the pass behind its last save, and the scores of a whole run."""
+    words = ["train.device=cpu", "train.iterations=2", "train.warmup_steps=0", "eval.max_tokens=600", "ttt=on",
+             "eval.sliding_max_tokens=600", "eval.batch_tokens=256", "eval.save_seconds=1e-9", "ttt.sgd.chunk=128",
+             "ngram=on", "eval.stride=32"]  # fmt: skip
+    command = lambda out, **more: cli.main(
+        [*words, f"train.out_dir={out}", "train.run_id=r"], environ_of(shards) | more
+    )
+    result = lambda out: json.loads((out / "r" / "result.json").read_text())
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command(whole) == 0
+    with monkeypatch.context() as patch:
+        maybe = Keeper.maybe
+
+        def dying(self, done, state):
+            maybe(self, done, state)
+            if self.label.endswith("ttt") and done == 3:
+                raise Killed
+
+        patch.setattr(Keeper, "maybe", dying)
+        with pytest.raises(Killed):
+            command(cut)
+    assert command(cut, RESUME="auto") == 0
+    assert "_ttt: goes on behind round 3, saved " in (cut / "r" / "train.log").read_text()
+    named = lambda out: [(s["pass"], s["val_bpb"], s["ledger_digest"]) for s in result(out)["scores"]]
+    assert named(cut) == named(whole) and [name for name, *_ in named(cut)] == ["plain", "sliding", "ttt", "ngram"]
+    assert not list((cut / "r" / "evaluation").iterdir())
+
+
+@pytest.mark.dist
+@pytest.mark.alone
+def test_two_processes_agree_with_one(made, shards, tmp_path, root):
+    """Under torchrun: chunks of the stream, one of them with a rank that has no sequence, and n-grams on top."""
+    words = [str(made[0]), "ttt=on", "ttt.sgd.chunk=256", "ttt.sgd.lr=0.05", "ttt.sgd.step_rows=3", "eval.stride=16",
+             "eval.documents=none", "ngram.scorer=hedge", "--passes", "ttt", "--max-tokens", "600"]  # fmt: skip
+    environ = {
+        **os.environ,
+        **{k: v for k, v in environ_of(shards).items() if k.endswith("PATH")},
+        "PYTHONPATH": str(root),
+    }
+    bpb = {}
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        command = [sys.executable, *launcher, "-m", "pgolf", "eval", *words, "--out", str(out)]
+        done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads((out / "eval.json").read_text())["rows"]
+        bpb[ranks] = [row["val_bpb"] for row in rows]
+        assert done.stdout.count("| pass") == 1  # one rank speaks
+    assert len(bpb[1]) == 1 and bpb[2] == pytest.approx(bpb[1], abs=1e-5)
 
 
 def test_counts_learn_after_the_score_in_the_ledger():

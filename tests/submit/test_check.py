@@ -141,6 +141,11 @@ BROKEN = {
     "leaky training shards": (edit("train_seed1.log", r"train_shards:\d+", "train_shards:1499"), "PG102", 9),
     "one seed of other bytes": (edit("train_seed1.log", r"\A", "byte sidecar: 9 bytes in 2 documents\n"), "PG081", 9),
     "a doubled data path": (edit("train_seed1.log", r"\A", "data: data/datasets/datasets/x\n"), "PG102", 9),
+    "the unsafe scorer": (edit("train_seed1.log", r"\A", "setting ngram.scorer=legacy_hashed_unsafe [override]\n"),
+        "PG132", 9),
+    "hashed tables": (
+        edit("train_seed1.log", r"\A", "NGRAM_EVAL_BUCKETS=4194304\nfinal_int6_ngram9_exact val_bpb:0.4489\n"),
+        "PG132", 9),
     "no BOS": (edit("train_seed1.log", r"val_first_token:1", "val_first_token:77"), "PG111", 9),
 }  # fmt: skip
 # On the record track only
@@ -189,6 +194,18 @@ def test_there_are_enough_and_every_rule_that_can_fail_does():
         "PG141",
         "PG205",
     }
+
+
+@pytest.mark.parametrize("order, status", [("stream", "ok"), ("length_sorted:0123456789abcdef", "warn"), ("", "skip")])
+def test_an_adapting_run_shows_its_ledger(order, status, folder):
+    """By a digest in the log, which only a ledger without faults gets; a log without one proves nothing."""
+    row = f"order:{order} ledger_digest:{'ab' * 32}" if order else "nothing"
+    for log in folder.glob("*.log"):
+        text = re.sub(r"^evidence score_pass:.*$", f"evidence score_pass:ttt val_bpb_final:1.5 {row}", log.read_text(),
+                      flags=re.M)  # fmt: skip
+        log.write_text(text)
+    found = examine(folder)["PG131"]
+    assert found.status == status, found
 
 
 def test_what_an_audit_settles(good, tmp_path):
