@@ -24,7 +24,7 @@ from pgolf.quant.policy import quantize_state
 from pgolf.quant.records import Record, dequantize
 
 from .fixtures import build, one_thread  # noqa: F401
-from .ratios import gate, rates
+from .ratios import CPU_TIME, gate, rates
 
 
 def system() -> RunConfig:
@@ -109,7 +109,7 @@ def test_decode(benchmark, codec):
     def check(got: bytes) -> None:
         assert got == raw
 
-    gate(benchmark, (codec, decode), ("lzma", reference), at_most=DECODERS[codec], check=check)
+    gate(benchmark, (codec, decode), ("lzma", reference), at_most=DECODERS[codec], check=check, clock=CPU_TIME)
     benchmark(decode)
     rates(benchmark, bytes=len(raw))
 

@@ -85,6 +85,7 @@ NGRAMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "hedge of five": ("hedge", (_FIVE,)),
     "hedge of five, one set of weights": ("hedge", (_FIVE, "ngram.entropy_bins=0")),
 }  # fmt: skip
+BASE = {"train.device": "cpu", "ngram": "none", "ttt": "none"}  # settings of every row
 MIXER_TARGETS = 65536  # of training text
 UNSAFE = "legacy_hashed_unsafe"
 
@@ -142,9 +143,10 @@ def _list(text: str) -> list[str]:
 
 def settings(found: Path, overrides: Sequence[str], targets: int) -> RunConfig:
     """The run's settings with those of a row."""
-    cfg = config.load([*overrides, "train.device=cpu"], {}, base=settings_of(found)).config
+    words = [*(f"{path}={text}" for path, text in BASE.items()), *overrides]
+    cfg = config.load(words, {}, base=settings_of(found)).config
     limits = {"max_tokens": targets, "sliding_max_tokens": targets, "max_seconds": 0.0}
-    return replace(cfg, ngram=None, eval=replace(cfg.eval, **limits))
+    return replace(cfg, eval=replace(cfg.eval, **limits))
 
 
 def scored(found: Path, targets: int, only: set[str]) -> Iterator[Found]:
