@@ -19,6 +19,7 @@ from pgolf.eval.stats import Collector, TokenStats
 from pgolf.ngram.config import NgramConfig
 from pgolf.ngram.scorer import Prepared
 from pgolf.ngram.scorers import SCORERS
+from pgolf.scoring import VectorReader, with_counts
 
 # settings with which a scorer must be the model alone, to the bit
 NEUTRAL: dict[str, dict[str, Any]] = {
@@ -47,7 +48,7 @@ class NgramScorer:
     def nats(self, tokens: Tensor) -> Tensor:
         prepared = self.scorer.prepare(tokens)
         if "vector" in self.scorer.needs:
-            parts = self.neural.run(tokens, lambda: _Vectors(self.scorer, prepared, tokens.numel() - 1))[1]
+            parts = self.neural.run(tokens, lambda: VectorReader(self.scorer, prepared, tokens.numel() - 1))[1]
             return sum(part.nats for part in parts)
         return self.scorer.nats(prepared, self.stats(tokens, prepared)).cpu()
 
@@ -67,13 +68,7 @@ class NgramScorer:
 
     def ledger(self, tokens: Tensor) -> Ledger:
         """The evaluation's, and of the counts: they take in each target after its score, or a chunk of them."""
-        out, n = self.neural.ledger(tokens), tokens.numel() - 1
-        if not self.cfg.chunk:
-            out.each("ngram", [(0, n)])
-        for start in range(0, n, self.cfg.chunk) if self.cfg.chunk else ():
-            out.score("ngram", [(start, min(start + self.cfg.chunk, n))])
-            out.update("ngram", [(start, min(start + self.cfg.chunk, n))])
-        return out
+        return with_counts(self.neural.ledger(tokens), tokens.numel() - 1, self.cfg.chunk)
 
     def _neutral(self) -> tuple[NgramScorer, EvaluatorScorer]:
         quiet = replace(self.cfg, **NEUTRAL[self.cfg.scorer])
@@ -88,22 +83,3 @@ class NgramScorer:
 
     def state_digest(self) -> str:
         return self.neural.state_digest()
-
-
-class _Vectors:
-    """A reader that scores with whole distributions inside the neural pass."""
-
-    needs_probs = True
-
-    def __init__(self, scorer: Any, prepared: Prepared, n_targets: int):
-        self.scorer, self.prepared = scorer, prepared
-        self.nats = torch.zeros(n_targets, dtype=torch.float64)
-
-    def put(self, targets: Tensor, nats: Tensor, log_probs: Tensor | None = None) -> None:
-        self.nats[targets] = self.scorer.vector_nats(self.prepared, targets, log_probs).cpu()
-
-    def state(self) -> dict:
-        return {"nats": self.nats}
-
-    def load_state(self, state: dict) -> None:
-        self.nats = state["nats"]

@@ -48,7 +48,7 @@ def facts(lines: Sequence[Line], head: dict[str, Any]) -> dict[str, Any]:
 
 
 def plot(lines: Sequence[Line], png: Path, title: str) -> bool:
-    """A curve for each scorer and pass where one setting varies over numbers, else a bar a line. False without
+    """A curve for each scorer and pass where one setting varies over numbers, else a point a line. False without
     matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -62,7 +62,7 @@ def plot(lines: Sequence[Line], png: Path, title: str) -> bool:
     if path:
         _curves(axes, lines, path)
     else:
-        _bars(axes, lines)
+        _points(axes, lines)
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     figure.savefig(png, dpi=120)
@@ -96,13 +96,14 @@ def _curves(axes: Any, lines: Sequence[Line], path: str) -> None:
     axes.legend(fontsize=8)
 
 
-def _bars(axes: Any, lines: Sequence[Line]) -> None:
+def _points(axes: Any, lines: Sequence[Line]) -> None:
     names = [" ".join(filter(None, cells(line)[:3])) for line in lines]
     values = [line.result.val_bpb for line in lines]
     at = range(len(lines))
-    axes.barh(at, values, color="tab:blue")
+    axes.plot(values, at, "o", color="tab:blue")  # no bars: they would have to begin at 0
     axes.set_yticks(at, names, fontsize=8)
     axes.invert_yaxis()
-    axes.bar_label(axes.containers[0], fmt=" %.4f", fontsize=8)
-    axes.set_xlim(0.9 * min(values), 1.05 * max(values))
+    for y, value in zip(at, values, strict=True):
+        axes.annotate(f"{value:.4f}", (value, y), (6, -3), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.15)
     axes.set_xlabel("bits per byte")
