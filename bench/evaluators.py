@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import shlex
 import sys
 import textwrap
 import time
@@ -32,7 +34,7 @@ from pgolf.eval.neural import Neural
 from pgolf.eval.order import STREAM
 from pgolf.eval.stats import Collector
 from pgolf.ngram.config import SCORER_NAMES, NgramConfig
-from pgolf.ngram.legacy import LegacyHashed
+from pgolf.ngram.legacy import LegacyHashed, LegacySettings
 from pgolf.rescore.grid import Row, groups_of
 from pgolf.rescore.run import Line, run_group
 from pgolf.rescore.subject import Subject, locate, open_subject, settings_of
@@ -88,6 +90,8 @@ NGRAMS: dict[str, tuple[str, tuple[str, ...]]] = {
 BASE = {"train.device": "cpu", "ngram": "none", "ttt": "none"}  # settings of every row
 MIXER_TARGETS = 65536  # of training text
 UNSAFE = "legacy_hashed_unsafe"
+OFFICIAL_TARGETS = 62_021_632  # of the record's evaluation
+FILE = "evaluators.json"
 
 
 @dataclass
@@ -106,24 +110,27 @@ class Found:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    card = device_card("cpu")
+    card, out = device_card("cpu"), Path(args.out)
     found = locate(Path(args.run_dir))
     rows = list(scored(found, args.targets, set(_list(args.only))))
-    verdicts: dict[str, dict[str, Any]] = {}
+    before = json.loads((out / FILE).read_text()) if args.only and (out / FILE).is_file() else {}
+    verdicts: dict[str, dict[str, Any]] = before.get("audits", {})
     for name in dict.fromkeys(row.audit for row in rows):
         verdicts[name] = verdict(name)
         print(f"audit of {name}: {verdicts[name]['text']}", flush=True)
     for row in rows:
         row.verdict = verdicts[row.audit]["text"]
+    command = "python -m bench.evaluators " + shlex.join(argv if argv is not None else sys.argv[1:])
+    new = {row.name for row in rows}
+    this = {"command": command, "threads": torch.get_num_threads(), "machine": card, "rows": sorted(new)}
+    rows = [*(Found(**row) for row in before.get("rows", ()) if row["name"] not in new), *rows]
     data = {
-        "command": "python -m bench.evaluators " + " ".join(argv if argv is not None else sys.argv[1:]),
-        "machine": card, "threads": torch.get_num_threads(), "model": model_facts(found),
-        "rows": [asdict(row) for row in rows], "audits": verdicts,
+        "runs": [*before.get("runs", ()), this], "model": model_facts(found), "rows": [asdict(row) for row in rows],
+        "audits": verdicts,
     }  # fmt: skip
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "evaluators.json").write_text(json.dumps(data, indent=1) + "\n")
-    (out / "evaluators.md").write_text(page(data, rows))
+    (out / FILE).write_text(json.dumps(data, indent=1) + "\n")
+    (out / FILE).with_suffix(".md").write_text(page(data, rows))
     print(page(data, rows))
     return 0
 
@@ -132,7 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench.evaluators", description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", metavar="RUN_DIR", help="a finished run of train_gpt.py, or its artifact")
     parser.add_argument("--targets", type=int, default=0, help="score only the first N targets; 0 = all")
-    parser.add_argument("--only", default="", help="rows by name, comma-separated; default: all")
+    parser.add_argument("--only", default="", help="rows by , separated by semicolons, or ngrams; other rows stay as "
+                        "stay as they are in DIR")  # fmt: skip
     parser.add_argument("--out", default=str(OUT), metavar="DIR")
     return parser
 
@@ -161,6 +169,8 @@ def scored(found: Path, targets: int, only: set[str]) -> Iterator[Found]:
         (line,) = lines([Row("" if suffix == "plain" else suffix, own)], subject, data)
         result = line.result
         yield told(Found(name, result.val_bpb, result.val_loss, line.neural_seconds, result.targets, audit))
+    if not only or UNSAFE in only:
+        yield told(unsafe(cfg, subject, data))
     if only and "ngrams" not in only:
         return
     rows = []
@@ -174,7 +184,6 @@ def scored(found: Path, targets: int, only: set[str]) -> Iterator[Found]:
         result, seconds = line.result, line.neural_seconds + line.ngram_seconds
         name = line.row.at["name"]
         yield told(Found(name, result.val_bpb, result.val_loss, seconds, result.targets, line.scorer, "sliding"))
-    yield told(unsafe(cfg, subject, data))
 
 
 def told(row: Found) -> Found:
@@ -207,11 +216,16 @@ def fitted(cfg: RunConfig, subject: Subject, data: Data) -> dict[str, Tensor]:
 
 
 def unsafe(cfg: RunConfig, subject: Subject, data: Data) -> Found:
-    """What the hashed scorer claims on top of sliding windows, with the settings of its record."""
+    """What the hashed scorer claims on top of sliding windows, with the settings of its record; buckets and chunk are
+    scaled from the challenge's split to these targets, so that the load of the tables is the record's."""
     scoring = scoring_of(cfg, subject, data)
     one = scoring.find("sliding")
     tokens = scoring.tokens(one)
-    scorer = LegacyHashed(NgramConfig(), subject.model.cfg.embed.vocab_size)
+    scale, record = (len(tokens) - 1) / OFFICIAL_TARGETS, LegacySettings()
+    own = replace(
+        record, buckets=1 << round(math.log2(record.buckets * scale)), chunk=max(round(record.chunk * scale), 1)
+    )
+    scorer = LegacyHashed(NgramConfig(), subject.model.cfg.embed.vocab_size, own)
     collector = Collector(len(tokens) - 1, entropy=True)
     neural = scoring.score(one, [collector])
     began = time.monotonic()
@@ -260,7 +274,7 @@ def page(data: dict[str, Any], rows: Sequence[Found]) -> str:
         ]
         for row in rows
     ]
-    model, machine = data["model"], data["machine"]
+    model = data["model"]
     about = (
         f"Model: preset `{model['preset']}`, seed {model['seed']}, {model['steps']} steps, data {model['data']}, from"
         f" its artifact. {rows[0].targets:,} validation targets, default settings but as named: nothing was chosen by"
@@ -269,12 +283,19 @@ def page(data: dict[str, Any], rows: Sequence[Found]) -> str:
         " ([n-grams](../ngram.md), [test-time training](../test_time_training.md) name the sources). Seconds of an"
         " n-gram scorer hold those of the pass below it."
     )
-    how = (
-        f"Command `{data['command']}`, {data['threads']} threads. Machine: {machine.get('name', 'CPU')}, torch"
-        f" {machine['torch']}, commit {machine.get('commit')}, {machine['date']}."
-    )
+    how = [provenance(run, last=i > 0) for i, run in enumerate(data["runs"])]
     intro = ["# Evaluators", "Written by `python -m bench.evaluators`; numbers in evaluators.json."]
-    return "\n\n".join([*intro, textwrap.fill(about, 118), textwrap.fill(how, 118), table(head, cells)])
+    return "\n\n".join([*intro, textwrap.fill(about, 118), *how, table(head, cells)])
+
+
+def provenance(run: dict[str, Any], last: bool) -> str:
+    """Where the rows of one command come from. last: they have taken the place of others, so they are named."""
+    machine, which = run["machine"], f" Rows: {', '.join(run['rows'])}." if last else ""
+    text = (
+        f"Command `{run['command']}`, {run['threads']} threads. Machine: {machine.get('name', 'CPU')}, torch"
+        f" {machine['torch']}, commit {machine.get('commit')}, {machine['date']}.{which}"
+    )
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

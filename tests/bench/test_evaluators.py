@@ -25,7 +25,7 @@ def test_rows_and_page(run_dir, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluators, "verdict", lambda name: {"text": f"verdict on {name}", "tests": {}, "seconds": 0.0})
     data = {"data.path": str(shards), "data.tokenizer_path": str(shards / "tokenizer.model")}
     monkeypatch.setattr(evaluators, "BASE", evaluators.BASE | data | {"eval.stride": "16"})
-    only = "plain;sliding;ttt, SGD on chunks;ngrams"
+    only = f"plain;sliding;ttt, SGD on chunks;ngrams;{evaluators.UNSAFE}"
     assert evaluators.main([str(run_dir), "--targets", "400", "--only", only, "--out", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "evaluators.json").read_text())
     rows = {row["name"]: row for row in data["rows"]}
