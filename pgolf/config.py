@@ -218,6 +218,8 @@ class _Load:
         ignored: dict[str, list[str]] = {}
         for name, text in variables.items():
             typed = f"{name}={text}"
+            if name in aliases.ALIASES:  # of a family that pgolf has in part
+                continue
             if inert := INERT.get(name):
                 if not tree.is_off(text, inert.default):
                     self.notes.append(f"{typed} has no effect: {inert.why}")

@@ -239,9 +239,10 @@ def test_schedule_flag_off_falls_back_and_losers_are_noted():
         ({"COPRIME_SHARD_HOLD_STEPS": "8"}, "pr401", "the loader is not coprime_b"),
         ({"MUON_BETA2": "0.9"}, "pr401", "the public scripts parse it and never use it"),
         ({"GPTQ_BLOCK_SIZE": "64"}, "pr401", "quant.gptq is off (set GPTQ_CALIB_BATCHES)"),
-        ({"TTT_ENABLED": "1", "TTT_LR": "0.002"}, "pr401", "ignored: TTT_ENABLED=1, TTT_LR=0.002"),
-        ({"NGRAM_EVAL_ORDER": "9"}, "pr401", "n-gram mixing at evaluation"),
-        ({"TEMP_SCALING": "1"}, "pr401", "does not have temperature scaling"),
+        ({"TTT_LR": "0.002"}, "pr401", "TTT_LR=0.002 has no effect: ttt is off (set TTT_ENABLED=1)"),
+        ({"TTT_MLP_ONLY": "1", "TTT_TAU": "2"}, "pr401", "ignored: TTT_MLP_ONLY=1, TTT_TAU=2"),
+        ({"NGRAM_EVAL_ORDER": "9"}, "pr401", "hashed n-gram tables, whose scores are no probabilities; ngram=on"),
+        ({"TEMP_SCALING": "1"}, "pr401", "does not have temperature chosen on validation"),
     ],
 )
 def test_what_has_no_effect_is_said(environ, preset, note):
@@ -250,6 +251,14 @@ def test_what_has_no_effect_is_said(environ, preset, note):
     without = presets.PRESETS[preset]()
     changed = tree.diff(without, got.config)
     assert len(changed) <= 1  # the value itself, where the tree has a place for it
+
+
+def test_test_time_training_by_the_variables_of_pr_1156():
+    got = load(TTT_ENABLED="1", TTT_LR="0.001", TTT_EPOCHS="2", TTT_CHUNK_TOKENS="65536", TTT_FREEZE_BLOCKS="2",
+               TTT_MOMENTUM="0.8", TTT_BATCH_SEQS="32", TTT_GRAD_CLIP="0.5", TTT_SAM="1")  # fmt: skip
+    sgd = got.config.ttt.sgd
+    assert (sgd.lr, sgd.epochs, sgd.chunk, sgd.freeze_blocks) == (0.001, 2, 65536, 2)
+    assert (sgd.momentum, sgd.step_rows, sgd.clip, sgd.sam) == (0.8, 32, 0.5, 0.05) and got.notes == []
 
 
 def test_silent_at_the_off_value():
