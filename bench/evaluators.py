@@ -96,43 +96,45 @@ FILE = "evaluators.json"
 
 @dataclass
 class Found:
-    """A row: scores in bits per byte and nats a target, seconds without compilation of the neural part."""
+    """A row of the table."""
 
     name: str
     val_bpb: float
-    val_loss: float
     seconds: float
     targets: int
     audit: str  # its name in `pgolf audit`
     on: str = ""  # the pass below an n-gram scorer
-    verdict: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    card, out = device_card("cpu"), Path(args.out)
+    card, out = device_card("cpu"), Path(args.out) / FILE
     found = locate(Path(args.run_dir))
     rows = list(scored(found, args.targets, set(_list(args.only))))
-    before = json.loads((out / FILE).read_text()) if args.only and (out / FILE).is_file() else {}
-    verdicts: dict[str, dict[str, Any]] = before.get("audits", {})
-    for name in dict.fromkeys(row.audit for row in rows):
-        verdicts[name] = verdict(name)
-        print(f"audit of {name}: {verdicts[name]['text']}", flush=True)
-    for row in rows:
-        row.verdict = verdicts[row.audit]["text"]
+    before = json.loads(out.read_text()) if args.only and out.is_file() else {}
     command = "python -m bench.evaluators " + shlex.join(argv if argv is not None else sys.argv[1:])
     new = {row.name for row in rows}
     this = {"command": command, "threads": torch.get_num_threads(), "machine": card, "rows": sorted(new)}
     rows = [*(Found(**row) for row in before.get("rows", ()) if row["name"] not in new), *rows]
-    data = {
-        "runs": [*before.get("runs", ()), this], "model": model_facts(found), "rows": [asdict(row) for row in rows],
-        "audits": verdicts,
-    }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    (out / FILE).write_text(json.dumps(data, indent=1) + "\n")
-    (out / FILE).with_suffix(".md").write_text(page(data, rows))
-    print(page(data, rows))
+    runs = [*before.get("runs", ()), *([this] if new else [])]
+    data = {"runs": runs, "model": model_facts(found), "rows": [asdict(row) for row in rows], "audits": {}}
+    data["audits"] = before.get("audits", {})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save(out, data)
+    torch.set_num_threads(1)  # an audit is a hundred thousand tiny forwards
+    for name in dict.fromkeys(row.audit for row in rows):
+        if name not in data["audits"]:
+            data["audits"][name] = verdict(name)
+            print(f"audit of {name}: {data['audits'][name]['text']}", flush=True)
+            save(out, data)
+    print(out.with_suffix(".md").read_text())
     return 0
+
+
+def save(out: Path, data: dict[str, Any]) -> None:
+    """The numbers, and the page beside them."""
+    out.write_text(json.dumps(data, indent=1) + "\n")
+    out.with_suffix(".md").write_text(page(data))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,7 +160,9 @@ def settings(found: Path, overrides: Sequence[str], targets: int) -> RunConfig:
 
 
 def scored(found: Path, targets: int, only: set[str]) -> Iterator[Found]:
-    """All rows, verdicts missing."""
+    """The rows that are asked for."""
+    if only == {"none"}:
+        return
     cfg = settings(found, (), targets)
     subject = open_subject(found, cfg, torch.device("cpu"), torch.float32)
     data = open_data(cfg.data, subject.model.cfg.embed.vocab_size, torch.device("cpu"), lambda text: None)
@@ -168,7 +172,7 @@ def scored(found: Path, targets: int, only: set[str]) -> Iterator[Found]:
         own = settings(found, overrides, targets)
         (line,) = lines([Row("" if suffix == "plain" else suffix, own)], subject, data)
         result = line.result
-        yield told(Found(name, result.val_bpb, result.val_loss, line.neural_seconds, result.targets, audit))
+        yield told(Found(name, result.val_bpb, line.neural_seconds, result.targets, audit))
     if not only or UNSAFE in only:
         yield told(unsafe(cfg, subject, data))
     if only and "ngrams" not in only:
@@ -183,7 +187,7 @@ def scored(found: Path, targets: int, only: set[str]) -> Iterator[Found]:
     for line in found_lines:
         result, seconds = line.result, line.neural_seconds + line.ngram_seconds
         name = line.row.at["name"]
-        yield told(Found(name, result.val_bpb, result.val_loss, seconds, result.targets, line.scorer, "sliding"))
+        yield told(Found(name, result.val_bpb, seconds, result.targets, line.scorer, "sliding"))
 
 
 def told(row: Found) -> Found:
@@ -233,7 +237,7 @@ def unsafe(cfg: RunConfig, subject: Subject, data: Data) -> Found:
     nats = scorer.nats(scorer.prepare(tokens), stats)
     result = scoring.metered(nats, tokens, neural, UNSAFE)
     seconds = neural.seconds + time.monotonic() - began
-    return Found(UNSAFE, result.val_bpb, result.val_loss, seconds, result.targets, UNSAFE, "sliding")
+    return Found(UNSAFE, result.val_bpb, seconds, result.targets, UNSAFE, "sliding")
 
 
 def verdict(name: str) -> dict[str, Any]:
@@ -259,8 +263,9 @@ def model_facts(found: Path) -> dict[str, Any]:
     return {k: told.get(k) for k in ("preset", "seed", "steps", "train_seconds", "data", "parameters", "val_bpb")}
 
 
-def page(data: dict[str, Any], rows: Sequence[Found]) -> str:
+def page(data: dict[str, Any]) -> str:
     """The page for docs/measured."""
+    rows = [Found(**row) for row in data["rows"]]
     base = next((row.val_bpb for row in rows if row.name == "sliding"), rows[0].val_bpb)
     head = ["evaluator", "on top of", "BPB", "mBPB against sliding", "seconds", "audit"]
     cells = [
@@ -270,7 +275,7 @@ def page(data: dict[str, Any], rows: Sequence[Found]) -> str:
             f"{row.val_bpb:.4f}",
             f"{1000 * (row.val_bpb - base):+.1f}",
             f"{row.seconds:.1f}",
-            row.verdict,
+            data["audits"].get(row.audit, {"text": "not made"})["text"],
         ]
         for row in rows
     ]

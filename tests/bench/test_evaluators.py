@@ -31,10 +31,14 @@ def test_rows_and_page(run_dir, shards, tmp_path, monkeypatch):
     rows = {row["name"]: row for row in data["rows"]}
     assert {"plain", "sliding", "ttt, SGD on chunks", "mixer, trained", evaluators.UNSAFE} <= rows.keys()
     assert {name for name in SCORER_NAMES if name not in ("neural", "mixer")} <= rows.keys()
-    assert all(row["targets"] == 400 and row["verdict"] == f"verdict on {row['audit']}" for row in rows.values())
+    assert all(row["targets"] == 400 and row["audit"] in data["audits"] for row in rows.values())
     assert rows["kneser_ney"]["on"] == "sliding" and rows["kneser_ney"]["val_bpb"] < rows["sliding"]["val_bpb"] - 0.05
     page = (tmp_path / "evaluators.md").read_text()
     assert f"| {evaluators.UNSAFE} | sliding |" in page and "| +0.0 |" in page and "2 steps" in page
+    assert page.count("verdict on ") == len(rows)
+    evaluators.main([str(run_dir), "--targets", "300", "--only", "plain", "--out", str(tmp_path)])
+    again = json.loads((tmp_path / "evaluators.json").read_text())
+    assert len(again["runs"]) == 2 and len(again["rows"]) == len(rows) and again["rows"][-1]["targets"] == 300
 
 
 @pytest.mark.parametrize("name, text", [("plain", "passes"), (evaluators.UNSAFE, "**fails** substitution, vector")])
