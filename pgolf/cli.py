@@ -190,7 +190,7 @@ def _variable_line(name: str) -> str:
 
 def exit_codes() -> dict[int, str]:
     """Every exit code and what it means."""
-    classes = [PgolfError, *PgolfError.__subclasses__()]
+    classes = [c for c in (PgolfError, *PgolfError.__subclasses__()) if c.__module__.startswith("pgolf.")]
     known = {c.exit_code: f"{c.__name__}: {(c.__doc__ or '').splitlines()[0]}" for c in classes if c is not PgolfError}
     ended = {code: f"{name} (see docs/errors.md)" for name, code in CODES.items() if code != Stopped.exit_code}
     ended |= {INTERRUPTED: "interrupted (Ctrl-C)", CUT_OFF: "what read the output stopped reading, as head does"}

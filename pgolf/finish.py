@@ -129,7 +129,9 @@ def load_average(trainer: Trainer) -> str:
 def scoring_of(trainer: Trainer, loaded: Loaded, artifact: bytes, run_dir: Path, label: str) -> Scoring:
     """The passes over the reloaded artifact, with this run's log, clock and signals."""
     log, cfg = trainer.log, trainer.cfg
-    neural = Neural(loaded.model, extras.temperature_of(loaded.extras), trainer.compiled)
+    # code of its own: the reloaded model's graph is not the validation's compiled again
+    own = lambda hidden: trainer.compiled(lambda batch: hidden(batch))
+    neural = Neural(loaded.model, extras.temperature_of(loaded.extras), own)
     what = {"artifact": hashlib.sha256(artifact).hexdigest(), "data": trainer.data.val_sha256()}
     return Scoring(
         cfg,

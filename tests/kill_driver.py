@@ -23,7 +23,7 @@ import torch._dynamo  # an optimiser imports it
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pgolf import checkpoint, config, finish
+from pgolf import checkpoint, config, finish, scoring
 from pgolf.checkpoint import MANIFEST, STATE
 from pgolf.run import run
 from pgolf.train import Trainer
@@ -83,7 +83,7 @@ WRITING = {
 }
 BEHIND = {
     "before the packing": lambda: counted(finish, "write_submission", 1, die),
-    "while scoring": lambda: counted(finish, "score", 2, die),
+    "while scoring": lambda: counted(scoring.Scoring, "score", 2, die),
     "before the result": lambda: counted(finish.result, "write_result", 1, die),
 }
 

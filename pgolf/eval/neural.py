@@ -45,8 +45,9 @@ class Temperature:
 class Neural:
     """nats and log_probs of a model's predictions.
 
-    index: (n,) int64 flat positions of the (B, T) batch whose targets are scored. compiled: wraps both functions, for
-    example with torch.compile; n and (B, T) should then stay the same from call to call.
+    index: (n,) int64 flat positions of the (B, T) batch whose targets are scored. compiled: wraps the forward up to the
+    head, for example with torch.compile; (B, T) should then stay the same from call to call. The head is not in it: its
+    n differs between passes, and it is one product and one kernel.
     """
 
     def __init__(
@@ -55,25 +56,19 @@ class Neural:
         self.model, self.temperature = model, temperature or Temperature()
         self.vocab_size = model.cfg.embed.vocab_size
         self.device = model.embed.weight.device
-        self._nats, self._log_probs = compiled(self._nats_of), compiled(self._log_probs_of)
+        self._hidden = compiled(model.hidden)
 
     def nats(self, batch: Batch, index: Tensor) -> Tensor:
         """(n,) fp32: -ln p of the scored targets."""
-        if self.temperature.neutral:
-            return self._nats(batch, index)
-        return -self.log_probs(batch, index).gather(-1, batch.targets.flatten()[index, None])[:, 0]
+        targets = batch.targets.flatten()[index]
+        if not self.temperature.neutral:
+            return -self.log_probs(batch, index).gather(-1, targets[:, None])[:, 0]
+        return cross_entropy(self._logits(batch, index), targets, cap=self.model.cfg.softcap)[0]
 
     def log_probs(self, batch: Batch, index: Tensor) -> Tensor:
         """(n, V) fp32."""
-        return self._log_probs(batch, index)
-
-    def _nats_of(self, batch: Batch, index: Tensor) -> Tensor:
-        logits = self._logits(batch, index)
-        return cross_entropy(logits, batch.targets.flatten()[index], cap=self.model.cfg.softcap)[0]
-
-    def _log_probs_of(self, batch: Batch, index: Tensor) -> Tensor:
         return self.temperature.log_probs(softcap(self._logits(batch, index), self.model.cfg.softcap))
 
     def _logits(self, batch: Batch, index: Tensor) -> Tensor:
         """(n, V), before the cap. Per-document adapters need whole rows; evaluators that attach them score those."""
-        return self.model.logits(self.model.hidden(batch).flatten(0, 1)[index])
+        return self.model.logits(self._hidden(batch).flatten(0, 1)[index])
