@@ -89,7 +89,8 @@ class Learning(EvaluatorScorer):
 
 
 def ttt_sgd(source: Source) -> Learning:
-    sizes = {"chunk": 64, "epochs": 1, "lr": 0.05} if source.is_toy else {}
+    # The cosine's length is a setting: as many chunks as the stream has would be known at its end only
+    sizes = {"chunk": 64, "epochs": 1, "lr": 0.05, "max_chunks": 8} if source.is_toy else {"max_chunks": 1893}
     return Learning(source, TttConfig(sgd=SgdConfig(**sizes)), TttConfig(sgd=SgdConfig(**sizes | {"lr": 0.0})))
 
 

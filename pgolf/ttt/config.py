@@ -40,7 +40,7 @@ class SgdConfig:
     freeze_blocks: int = 0  # the first n blocks stay as they are
     freeze_tables: bool = False  # token, hashed and value embeddings stay as they are
     block_rates: bool = False  # rate of block i of n times (i + 1) / n
-    max_chunks: int = 0  # train on the first n chunks only, the cosine ends there; 0 = on all but the last
+    max_chunks: int = 0  # train on the first n chunks only, the cosine ends there; 0 = on all but the stream's last
     shadow: float = 0.0  # decay of a moving average of the weights, which then scores in their place; 0 = none
     sam: float = 0.0  # radius of sharpness-aware minimisation; 0 = off
     byte_weighted: bool = False  # each target's loss counts by its bytes

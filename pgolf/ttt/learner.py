@@ -24,9 +24,10 @@ Compiled = Callable[[Callable], Callable]
 def rate_at(cfg: SgdConfig, number: int, chunks: int) -> float:
     """Learning rate of chunk `number` of `chunks`: a cosine from lr to lr_floor * lr at the last one.
 
-    With max_chunks the cosine is over those. Constant inside a chunk.
+    With max_chunks the cosine is over those, however many there are: then no rate depends on how long the stream is,
+    which a decoder does not see until its end. Constant inside a chunk.
     """
-    last = min(cfg.max_chunks or chunks, chunks) - 1
+    last = (cfg.max_chunks or chunks) - 1
     cosine = 0.5 * (1 + math.cos(math.pi * min(number / max(last, 1), 1.0)))
     warm = min((number + 1) / cfg.warmup_chunks, 1.0) if cfg.warmup_chunks else 1.0
     return cfg.lr * warm * (cfg.lr_floor + (1 - cfg.lr_floor) * cosine)
