@@ -291,7 +291,7 @@ def page(data: dict[str, Any]) -> str:
     )
     how = [provenance(run, last=i > 0) for i, run in enumerate(data["runs"])]
     intro = ["# Evaluators", "Written by `python -m bench.evaluators`; numbers in evaluators.json."]
-    return "\n\n".join([*intro, textwrap.fill(about, 118), *how, table(head, cells)])
+    return "\n\n".join([*intro, textwrap.fill(about, 118, break_on_hyphens=False), *how, table(head, cells)])
 
 
 def provenance(run: dict[str, Any], last: bool) -> str:
