@@ -286,8 +286,8 @@ def page(data: dict[str, Any]) -> str:
         " its score. The model is small and short of training, so counts and adaptation know much that it does not."
         " Over the challenge's best models valid n-grams gain less than 3 mBPB and test-time training 2 to 4"
         " ([n-grams](../ngram.md), [test-time training](../test_time_training.md) name the sources). Seconds of an"
-        " n-gram scorer hold those of the pass below it. SGD has as many chunks as the stream; its audit gives that"
-        " number as a setting."
+        " n-gram scorer hold those of the pass below it. The SGD rows' cosine is as long as the stream, which the"
+        " audit flags as test 3, future; the verdict is of `ttt.sgd.max_chunks`, which fixes its length."
     )
     how = [provenance(run, last=i > 0) for i, run in enumerate(data["runs"])]
     intro = ["# Evaluators", "Written by `python -m bench.evaluators`; numbers in evaluators.json."]
